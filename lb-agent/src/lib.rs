@@ -1,0 +1,5 @@
+//! The agent: reads Kubernetes objects, fills the maps of the kernel programs, watches over them.
+
+pub mod datapath;
+pub mod plan;
+pub mod source;

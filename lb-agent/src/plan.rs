@@ -1,0 +1,3 @@
+//! From the model to map operations.
+
+pub mod op;

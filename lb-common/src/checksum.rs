@@ -1,0 +1,163 @@
+//! Internet checksums (RFC 1071) and their incremental update (RFC 1624, equation 3) on integers.
+//!
+//! Sums are in the byte order of the packet: words are loaded natively and never swapped, which RFC 1071 section 2(B)
+//! allows.
+
+use crate::{Addr, Be16};
+
+/// A one's complement sum that has not been folded to 16 bits yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sum(u64);
+
+impl Sum {
+    #[inline(always)]
+    pub const fn new() -> Self {
+        Self(0)
+    }
+    #[inline(always)]
+    pub const fn add32(self, word: u32) -> Self {
+        Self(self.0 + word as u64)
+    }
+    #[inline(always)]
+    pub const fn add16(self, word: u16) -> Self {
+        Self(self.0 + word as u64)
+    }
+    /// Adds the complement, which subtracts in one's complement arithmetic.
+    #[inline(always)]
+    pub const fn sub32(self, word: u32) -> Self {
+        Self(self.0 + (!word) as u64)
+    }
+    #[inline(always)]
+    pub const fn sub16(self, word: u16) -> Self {
+        Self(self.0 + (!word) as u64)
+    }
+    /// What replacing `old` by `new` adds to a sum.
+    #[inline(always)]
+    pub fn replace_addr<A: Addr>(mut self, old: &A, new: &A) -> Self {
+        let mut i = 0;
+        while i < A::WORDS {
+            self = self.sub32(old.word(i)).add32(new.word(i));
+            i += 1;
+        }
+        self
+    }
+    #[inline(always)]
+    pub const fn replace_port(self, old: Be16, new: Be16) -> Self {
+        self.sub16(old.raw()).add16(new.raw())
+    }
+    #[inline(always)]
+    pub const fn plus(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+    /// Folded to 32 bits: the form that the kernel's checksum helpers take as a difference.
+    #[inline(always)]
+    pub const fn fold32(self) -> u32 {
+        let s = (self.0 & 0xffff_ffff) + (self.0 >> 32);
+        let s = (s & 0xffff_ffff) + (s >> 32);
+        s as u32
+    }
+    /// Folded to 16 bits, not complemented.
+    #[inline(always)]
+    pub const fn fold16(self) -> u16 {
+        let s = self.fold32() as u64;
+        let s = (s & 0xffff) + (s >> 16);
+        let s = (s & 0xffff) + (s >> 16);
+        s as u16
+    }
+    /// The checksum field for data with this sum.
+    #[inline(always)]
+    pub const fn checksum(self) -> u16 {
+        !self.fold16()
+    }
+}
+
+/// The checksum field after the data changed by `delta` (RFC 1624: HC' = ~(~HC + ~m + m')).
+#[inline(always)]
+pub const fn update(field: u16, delta: Sum) -> u16 {
+    Sum::new().add16(!field).plus(delta).checksum()
+}
+
+/// [`update`] for UDP: 0 means "no checksum" and stays (RFC 768), a computed 0 is sent as 0xffff.
+#[inline(always)]
+pub const fn update_udp(field: u16, delta: Sum) -> u16 {
+    if field == 0 {
+        return 0;
+    }
+    match update(field, delta) {
+        0 => 0xffff,
+        f => f,
+    }
+}
+
+/// The value of a 16-bit checksum field that a later checksum offload leaves as it is.
+///
+/// A packet of a local stack may carry an unfinished L4 checksum that the device completes on sending: it stores
+/// `c' = ~fold(sum)` over the data with the field's own value `c` in it. When such a packet is quoted in an ICMP error
+/// that we build, that completion would change the quotation after its checksum was taken. With `2c = -sum` (one's
+/// complement, `sum` over the data without the field) completion gives `c' = -(sum + c) = c`.
+#[inline(always)]
+pub const fn offload_fixed_point(sum_without_field: Sum) -> u16 {
+    let negated = !sum_without_field.fold16() as u32;
+    // Halving modulo 65535, which is odd: 2 has the inverse 32768.
+    let halved = (negated & 1) * 32768 + (negated >> 1);
+    let folded = (halved & 0xffff) + (halved >> 16);
+    folded as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// RFC 1071 section 4.1, written for clarity.
+    fn full(data: &[u8]) -> u16 {
+        let mut sum = 0u32;
+        for pair in data.chunks(2) {
+            sum += u32::from(u16::from_ne_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
+        }
+        while sum >> 16 != 0 {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        !(sum as u16)
+    }
+
+    /// 0 and 0xffff are the same number in one's complement.
+    fn same(a: u16, b: u16) -> bool {
+        a == b || (a == 0 && b == 0xffff) || (a == 0xffff && b == 0)
+    }
+
+    proptest! {
+        #[test]
+        fn incremental_equals_full(data in proptest::collection::vec(any::<u8>(), 32..64), new: u32, port: u16) {
+            let mut data = data;
+            data.truncate(data.len() & !1);
+            let before = full(&data);
+            let old = u32::from_ne_bytes(data[4..8].try_into().unwrap());
+            let old_port = u16::from_ne_bytes(data[10..12].try_into().unwrap());
+            data[4..8].copy_from_slice(&new.to_ne_bytes());
+            data[10..12].copy_from_slice(&port.to_ne_bytes());
+            let delta = Sum::new().sub32(old).add32(new).sub16(old_port).add16(port);
+            prop_assert!(same(update(before, delta), full(&data)));
+        }
+
+        #[test]
+        fn offload_leaves_the_fixed_point_alone(data in proptest::collection::vec(any::<u8>(), 20..40)) {
+            let mut data = data;
+            data.truncate(data.len() & !1);
+            data[6..8].fill(0);
+            let c = offload_fixed_point(Sum::new().add16(!full(&data)));
+            data[6..8].copy_from_slice(&c.to_ne_bytes());
+            prop_assert!(same(full(&data), c), "offload stores {:04x}, field has {c:04x}", full(&data));
+        }
+    }
+
+    #[test]
+    fn udp_without_checksum_keeps_none_and_a_computed_zero_is_sent_as_ones() {
+        let delta = Sum::new().sub16(1).add16(2);
+        assert_eq!(update_udp(0, delta), 0);
+
+        assert_eq!(update(1, Sum::new().add16(1)), 0);
+        assert_eq!(update_udp(1, Sum::new().add16(1)), 0xffff);
+    }
+}

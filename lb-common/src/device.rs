@@ -1,0 +1,22 @@
+//! What the data path must know about a network device.
+
+use crate::{V4, V6, map_type};
+
+/// Value of `DEVICES`, keyed by ifindex. A device without an entry counts as a pod-side device.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Device {
+    /// [`flags`].
+    pub flags: u32,
+    /// Source address for flows that leave by this device under the node's name; 0 if it has none.
+    pub snat4: V4,
+    pub snat6: V6,
+}
+
+map_type!(Device, size = 24);
+
+/// Bits of [`Device::flags`].
+pub mod flags {
+    /// Packets that come in by this device come from outside the node.
+    pub const EXTERNAL: u32 = 1 << 0;
+}

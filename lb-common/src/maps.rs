@@ -1,0 +1,129 @@
+//! Names and default capacities of all maps, and names of the load-time constants.
+
+/// Map names as in the kernel object and in the pin directory.
+pub mod name {
+    /// HASH, [`FrontendKey<V4>`](crate::frontend::FrontendKey) to [`FrontendValue`](crate::frontend::FrontendValue).
+    pub const FRONTENDS4: &str = "FRONTENDS4";
+    pub const FRONTENDS6: &str = "FRONTENDS6";
+    /// ARRAY (mmap), service index to [`ServiceRecord`](crate::frontend::ServiceRecord).
+    pub const SERVICES: &str = "SERVICES";
+    /// ARRAY (mmap), slot index to backend id (u32).
+    pub const SLOTS: &str = "SLOTS";
+    /// ARRAY (mmap), backend id to [`Backend<V4>`](crate::backend::Backend). Id 0 is never used.
+    pub const BACKENDS4: &str = "BACKENDS4";
+    pub const BACKENDS6: &str = "BACKENDS6";
+    /// HASH without preallocation, [`Tuple<V4>`](crate::tuple::Tuple) to [`Flow<V4>`](crate::conntrack::Flow).
+    pub const FLOWS4: &str = "FLOWS4";
+    pub const FLOWS6: &str = "FLOWS6";
+    /// LRU_HASH, [`AffinityKey`](crate::affinity::AffinityKey) to [`AffinityValue`](crate::affinity::AffinityValue).
+    pub const AFFINITY4: &str = "AFFINITY4";
+    pub const AFFINITY6: &str = "AFFINITY6";
+    /// HASH, [`MemberKey`](crate::affinity::MemberKey) to u32 ([`member`](crate::affinity::member) bits).
+    pub const AFFINITY_MEMBERS: &str = "AFFINITY_MEMBERS";
+    /// HASH without preallocation, service index to [`ServiceName`](crate::frontend::ServiceName).
+    pub const SERVICE_NAMES: &str = "SERVICE_NAMES";
+    /// PERCPU_ARRAY, service index to [`ServiceStats`](crate::frontend::ServiceStats).
+    pub const SERVICE_STATS: &str = "SERVICE_STATS";
+    /// PERCPU_ARRAY, [`Counter`](crate::verdict::Counter) to u64.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// HASH, ifindex to [`Device`](crate::device::Device).
+    pub const DEVICES: &str = "DEVICES";
+    /// LRU_HASH, [`SocketKey`](crate::socket::SocketKey) to [`SocketOrigin`](crate::socket::SocketOrigin).
+    pub const SOCKETS: &str = "SOCKETS";
+    /// LRU_HASH, [`FragmentKey`](crate::tuple::FragmentKey) to ports.
+    pub const FRAGMENTS4: &str = "FRAGMENTS4";
+    pub const FRAGMENTS6: &str = "FRAGMENTS6";
+
+    /// All of them: what a state directory must hold.
+    pub const ALL: [&str; 19] = [
+        FRONTENDS4,
+        FRONTENDS6,
+        SERVICES,
+        SLOTS,
+        BACKENDS4,
+        BACKENDS6,
+        FLOWS4,
+        FLOWS6,
+        AFFINITY4,
+        AFFINITY6,
+        AFFINITY_MEMBERS,
+        SERVICE_NAMES,
+        SERVICE_STATS,
+        COUNTERS,
+        DEVICES,
+        SOCKETS,
+        FRAGMENTS4,
+        FRAGMENTS6,
+        CLOCK,
+    ];
+    /// ARRAY of one [`Clock`](crate::maps::Clock), written by the program `lb_clock`.
+    pub const CLOCK: &str = "CLOCK";
+}
+
+/// Default capacities. Each is an option of the agent.
+pub mod capacity {
+    /// Frontends per family: 10,000 Services with a ClusterIP and NodePorts on a few addresses.
+    pub const FRONTENDS: u32 = 131_072;
+    /// Service ports, both families together.
+    pub const SERVICES: u32 = 65_536;
+    /// Backend slots, both families together: two sets (Cluster and Local) of 100,000 backends, and room to write a
+    /// new set beside the old one.
+    pub const SLOTS: u32 = 524_288;
+    /// Backends per family.
+    pub const BACKENDS: u32 = 131_072;
+    /// Flows per family; each takes two entries.
+    pub const FLOWS: u32 = 1_000_000;
+    /// Clients with session affinity, per family.
+    pub const AFFINITY: u32 = 65_536;
+    /// (Service port, backend) pairs of Services with affinity.
+    pub const AFFINITY_MEMBERS: u32 = 131_072;
+    /// Network devices with an entry.
+    pub const DEVICES: u32 = 4_096;
+    /// UDP and TCP sockets remembered by the socket hooks.
+    pub const SOCKETS: u32 = 65_536;
+    /// Fragmented datagrams in flight, per family.
+    pub const FRAGMENTS: u32 = 8_192;
+}
+
+/// Load-time constants (read-only globals) of the kernel object.
+pub mod global {
+    /// u32: kernel ticks per second.
+    pub const JIFFIES_PER_S: &str = "JIFFIES_PER_S";
+    /// u16, host order: first and last source port for translated flows.
+    pub const SNAT_PORT_FIRST: &str = "SNAT_PORT_FIRST";
+    pub const SNAT_PORT_LAST: &str = "SNAT_PORT_LAST";
+    /// u32: seed of the selection hash.
+    pub const HASH_SEED: &str = "HASH_SEED";
+    /// u64: cookie of the network namespace whose sockets are served; 0 serves all.
+    pub const SOCKET_NETNS: &str = "SOCKET_NETNS";
+}
+
+/// Element of `CLOCK`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clock {
+    pub jiffies: u64,
+    pub ktime_ns: u64,
+}
+
+crate::map_type!(Clock, size = 16);
+
+/// Names of the programs in the kernel object.
+pub mod program {
+    pub const TC_INGRESS: &str = "lb_tc_ingress";
+    pub const TC_EGRESS: &str = "lb_tc_egress";
+    pub const XDP: &str = "lb_xdp";
+    /// Writes `CLOCK`; run on demand by BPF_PROG_TEST_RUN.
+    pub const CLOCK: &str = "lb_clock";
+    pub const CONNECT4: &str = "lb_connect4";
+    pub const CONNECT6: &str = "lb_connect6";
+    pub const SENDMSG4: &str = "lb_sendmsg4";
+    pub const SENDMSG6: &str = "lb_sendmsg6";
+    pub const RECVMSG4: &str = "lb_recvmsg4";
+    pub const RECVMSG6: &str = "lb_recvmsg6";
+    pub const GETPEERNAME4: &str = "lb_getpeername4";
+    pub const GETPEERNAME6: &str = "lb_getpeername6";
+    /// The socket hooks.
+    pub const SOCKET: [&str; 8] =
+        [CONNECT4, CONNECT6, SENDMSG4, SENDMSG6, RECVMSG4, RECVMSG6, GETPEERNAME4, GETPEERNAME6];
+}

@@ -1,0 +1,71 @@
+//! Every map of the object and nothing else. Capacities here are defaults; the agent overrides them at load.
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    macros::btf_map,
+};
+use lb_common::{
+    V4, V6,
+    affinity::{AffinityKey, AffinityValue, MemberKey},
+    backend::Backend,
+    conntrack::Flow,
+    device::Device,
+    frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord, ServiceStats},
+    maps::{Clock, capacity},
+    socket::{SocketKey, SocketOrigin},
+    tuple::{FragmentKey, FragmentPorts, Tuple},
+    verdict::Counter,
+};
+
+/// The agent writes these arrays through a memory map: a store is seen by the next packet.
+const MMAP: usize = BPF_F_MMAPABLE as usize;
+/// Memory follows the number of entries instead of the capacity.
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map]
+pub static FRONTENDS4: HashMap<FrontendKey<V4>, FrontendValue, { capacity::FRONTENDS as usize }, ON_DEMAND> =
+    HashMap::new();
+#[btf_map]
+pub static FRONTENDS6: HashMap<FrontendKey<V6>, FrontendValue, { capacity::FRONTENDS as usize }, ON_DEMAND> =
+    HashMap::new();
+#[btf_map]
+pub static SERVICES: Array<ServiceRecord, { capacity::SERVICES as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static SLOTS: Array<u32, { capacity::SLOTS as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static BACKENDS4: Array<Backend<V4>, { capacity::BACKENDS as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static BACKENDS6: Array<Backend<V6>, { capacity::BACKENDS as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static FLOWS4: HashMap<Tuple<V4>, Flow<V4>, { 2 * capacity::FLOWS as usize }, ON_DEMAND> = HashMap::new();
+#[btf_map]
+pub static FLOWS6: HashMap<Tuple<V6>, Flow<V6>, { 2 * capacity::FLOWS as usize }, ON_DEMAND> = HashMap::new();
+#[btf_map]
+pub static AFFINITY4: LruHashMap<AffinityKey<V4>, AffinityValue, { capacity::AFFINITY as usize }> =
+    LruHashMap::new();
+#[btf_map]
+pub static AFFINITY6: LruHashMap<AffinityKey<V6>, AffinityValue, { capacity::AFFINITY as usize }> =
+    LruHashMap::new();
+#[btf_map]
+pub static AFFINITY_MEMBERS: HashMap<MemberKey, u32, { capacity::AFFINITY_MEMBERS as usize }, ON_DEMAND> =
+    HashMap::new();
+#[btf_map]
+pub static SERVICE_NAMES: HashMap<u32, ServiceName, { capacity::SERVICES as usize }, ON_DEMAND> =
+    HashMap::new();
+#[btf_map]
+pub static SERVICE_STATS: PerCpuArray<ServiceStats, { capacity::SERVICES as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static DEVICES: HashMap<u32, Device, { capacity::DEVICES as usize }, ON_DEMAND> = HashMap::new();
+#[btf_map]
+pub static SOCKETS: LruHashMap<SocketKey, SocketOrigin, { capacity::SOCKETS as usize }> = LruHashMap::new();
+#[btf_map]
+pub static FRAGMENTS4: LruHashMap<FragmentKey<V4>, FragmentPorts, { capacity::FRAGMENTS as usize }> =
+    LruHashMap::new();
+#[btf_map]
+pub static FRAGMENTS6: LruHashMap<FragmentKey<V6>, FragmentPorts, { capacity::FRAGMENTS as usize }> =
+    LruHashMap::new();
+#[btf_map]
+pub static CLOCK: Array<Clock, 1> = Array::new();
