@@ -2,4 +2,5 @@
 
 pub mod datapath;
 pub mod plan;
+pub mod settings;
 pub mod source;
