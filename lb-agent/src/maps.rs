@@ -40,7 +40,9 @@ pub use table::{Table, Walk, Written};
 /// Why a map could not be opened, read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    #[error("no map is pinned at {path}: run `lb-agent run` with this --state-dir first, or name the right one")]
+    #[error(
+        "no map is pinned at {path}: run `lb-agent run` with this --state-dir first, or name the right one"
+    )]
     Missing { path: PathBuf },
     #[error("cannot open the map pinned at {path}; opening needs root or CAP_BPF")]
     Open {

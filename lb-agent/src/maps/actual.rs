@@ -52,7 +52,8 @@ impl Maps {
     /// The slots up to the end of the last range; a range that leaves the array is cut there.
     fn read_slots(&self, services: &BTreeMap<u32, ActualService>) -> Vec<u32> {
         let end = |r: SlotRange| r.base().saturating_add(r.len());
-        let used = services.values().map(|s| end(s.record.cluster).max(end(s.record.local))).max().unwrap_or(0);
+        let used =
+            services.values().map(|s| end(s.record.cluster).max(end(s.record.local))).max().unwrap_or(0);
         elements(&self.slots).take(used as usize).map(|(_, backend)| backend).collect()
     }
 }

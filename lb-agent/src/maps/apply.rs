@@ -146,8 +146,12 @@ impl Maps {
                     applied.refuse(name::SERVICE_NAMES, "deleted", 1, e);
                 }
             }
-            MapOp::ClearBackend { family: Family::V4, id } => self.backends4.store(*id, &RawBackend::default())?,
-            MapOp::ClearBackend { family: Family::V6, id } => self.backends6.store(*id, &RawBackend::default())?,
+            MapOp::ClearBackend { family: Family::V4, id } => {
+                self.backends4.store(*id, &RawBackend::default())?
+            }
+            MapOp::ClearBackend { family: Family::V6, id } => {
+                self.backends6.store(*id, &RawBackend::default())?
+            }
             MapOp::PutFrontend { .. }
             | MapOp::DeleteFrontend { .. }
             | MapOp::PutMember { .. }

@@ -56,7 +56,8 @@ impl<T: Pod> MmapArray<T> {
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let words = NonNull::new(address.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let words =
+            NonNull::new(address.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
         Ok(Self { words, len, name, _type: PhantomData })
     }
 

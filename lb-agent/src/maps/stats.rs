@@ -12,7 +12,8 @@ use super::MapError;
 
 fn open<T: aya::Pod>(dir: &Path, name: &'static str) -> Result<PerCpuArray<MapData, T>, MapError> {
     let (data, _) = super::open_pin(dir, name, &[MapType::PerCpuArray], size_of::<u32>(), size_of::<T>())?;
-    PerCpuArray::try_from(Map::PerCpuArray(data)).map_err(|source| MapError::Open { path: dir.join(name), source })
+    PerCpuArray::try_from(Map::PerCpuArray(data))
+        .map_err(|source| MapError::Open { path: dir.join(name), source })
 }
 
 fn read_error(map: &'static str) -> impl Fn(aya::maps::MapError) -> MapError {

@@ -129,5 +129,8 @@ const ENOTSUPP: i32 = 524;
 
 /// True if the kernel, or a filter on system calls, does not know this batch command for this map.
 pub(super) fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::EPERM))
+    matches!(
+        error.raw_os_error(),
+        Some(ENOTSUPP | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::EPERM)
+    )
 }

@@ -87,7 +87,12 @@ impl<K: Pod, V: Pod> Table<K, V> {
     /// If there are not as many values as keys.
     pub fn put_all(&self, keys: &[K], values: &[V]) -> Written {
         assert_eq!(keys.len(), values.len());
-        self.write_all(keys, Command::UpdateBatch, |i| values[i..].as_ptr() as u64, |i| self.put(&keys[i], &values[i]))
+        self.write_all(
+            keys,
+            Command::UpdateBatch,
+            |i| values[i..].as_ptr() as u64,
+            |i| self.put(&keys[i], &values[i]),
+        )
     }
 
     /// Deletes entries. One that does not exist counts as done.
@@ -192,7 +197,11 @@ impl<K: Pod, V: Pod> Walk<'_, K, V> {
             self.values.resize(self.chunk, V::zeroed());
             let mut next = 0u64;
             let batch = Batch {
-                in_batch: if matches!(self.state, State::Begin) { 0 } else { std::ptr::from_ref(&self.position) as u64 },
+                in_batch: if matches!(self.state, State::Begin) {
+                    0
+                } else {
+                    std::ptr::from_ref(&self.position) as u64
+                },
                 out_batch: std::ptr::from_mut(&mut next) as u64,
                 keys: self.keys.as_mut_ptr() as u64,
                 values: self.values.as_mut_ptr() as u64,
@@ -200,7 +209,8 @@ impl<K: Pod, V: Pod> Walk<'_, K, V> {
             };
             // SAFETY: room for `chunk` keys and values of the sizes that were compared with the map's; the positions
             // are 8 bytes, the kernel uses 4 of them for hash maps.
-            let (count, result) = unsafe { sys::batch(self.table.data.fd().as_fd(), Command::LookupBatch, &batch) };
+            let (count, result) =
+                unsafe { sys::batch(self.table.data.fd().as_fd(), Command::LookupBatch, &batch) };
             match result {
                 Ok(()) => (self.position, self.state) = (next, State::Middle),
                 // The end; what was found on the way is valid.

@@ -72,7 +72,11 @@ pub fn judge<A: Addr>(rules: &Rules, proto: u8, entry: &Flow<A>, partner: Option
     let is_reply = |f: &Flow<A>| f.flags & flags::REPLY != 0;
     // Two entries of the same direction are halves of different flows.
     let Some(partner) = partner.filter(|p| is_reply(p) != is_reply(entry)) else {
-        return if rules.older_than(entry.created, ORPHAN_AGE_S) { Judgement::Orphan } else { Judgement::Keep };
+        return if rules.older_than(entry.created, ORPHAN_AGE_S) {
+            Judgement::Orphan
+        } else {
+            Judgement::Keep
+        };
     };
     let (forward, reply) = if is_reply(entry) { (partner, entry) } else { (entry, partner) };
     let stage = stage(proto, forward.tcp_seen, reply.tcp_seen, reply_answered(reply));
@@ -112,7 +116,8 @@ mod tests {
     /// A flow that began 1000 s ago; the directions spoke so many seconds ago. With an answer.
     fn pair(forward_idle_s: u32, reply_idle_s: u32, seen: (u8, u8)) -> (Flow<V4>, Flow<V4>) {
         let created = NOW - 100_000;
-        let forward = Flow { last_seen: NOW - forward_idle_s * 100, created, tcp_seen: seen.0, ..Flow::default() };
+        let forward =
+            Flow { last_seen: NOW - forward_idle_s * 100, created, tcp_seen: seen.0, ..Flow::default() };
         let reply = Flow {
             last_seen: NOW - reply_idle_s * 100,
             created,
