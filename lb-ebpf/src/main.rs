@@ -16,6 +16,7 @@ mod service;
 mod skb;
 mod sock;
 mod tc;
+mod xdp;
 
 use aya_ebpf::{
     bindings::xdp_action,
@@ -34,6 +35,12 @@ pub fn lb_tc_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn lb_tc_egress(ctx: TcContext) -> i32 {
     tc::egress(skb::Skb::new(&ctx))
+}
+
+/// Frames from the wire, before there is an skb.
+#[xdp]
+pub fn lb_xdp(ctx: XdpContext) -> u32 {
+    xdp::run(&ctx)
 }
 
 /// connect() of IPv4 sockets.
