@@ -99,6 +99,7 @@ pub struct Datapath {
     /// Maps whose old copies go once every hook runs our programs.
     migration: Mutex<Option<Migration>>,
     devices: Mutex<BTreeMap<u32, Followed>>,
+    changes: Sender<()>,
 }
 
 /// What is known about a device with a role.
@@ -151,6 +152,7 @@ impl Datapath {
             socket_hooks,
             migration: Mutex::new(Some(migration)),
             devices: Mutex::default(),
+            changes: Sender::new(()),
         })
     }
 
@@ -174,6 +176,11 @@ impl Datapath {
     pub fn failed(&self) -> Vec<(String, String)> {
         let devices = self.followed();
         devices.values().filter_map(|d| Some((d.name.clone(), d.failure.clone()?))).collect()
+    }
+
+    /// Tells when [`attached`](Self::attached) or [`failed`](Self::failed) has changed.
+    pub fn changes(&self) -> tokio::sync::watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// The cgroup directory with the socket hooks; `None` if they are off.

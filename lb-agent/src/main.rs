@@ -81,7 +81,9 @@ fn log(settings: &LogSettings) -> anyhow::Result<()> {
     // The kube crate warns at every attempt; the source says once what is wrong.
     let filter = format!("kube_client=error,kube_runtime=error,{}", settings.filter);
     let filter = EnvFilter::builder().parse(&filter).context("cannot use the log filter")?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     match settings.format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),

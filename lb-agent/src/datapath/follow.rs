@@ -132,6 +132,7 @@ impl Datapath {
     /// Brings all devices to what they should be.
     fn apply(&self, links: &Links, roles: &BTreeMap<u32, Role>, sink: &dyn DeviceSink) {
         let gone: Vec<u32> = self.followed().keys().copied().filter(|i| !roles.contains_key(i)).collect();
+        let mut changed = !gone.is_empty();
         for ifindex in gone {
             self.forget(ifindex, sink);
         }
@@ -144,6 +145,7 @@ impl Datapath {
                 attached: None,
                 failure: None,
             });
+            let before = (device.attached.clone(), device.failure.clone());
             device.name.clone_from(&link.name);
             device.role = *role;
             match self.ensure(link, &mut device, sink) {
@@ -159,7 +161,11 @@ impl Datapath {
                     device.failure = Some(reason);
                 }
             }
+            changed |= before != (device.attached.clone(), device.failure.clone());
             self.followed().insert(*ifindex, device);
+        }
+        if changed {
+            self.changes.send_replace(());
         }
     }
 
