@@ -194,8 +194,10 @@ fn programs_taken_off_by_hand_come_back_with_the_next_event() {
         let pod = elsewhere.veth("pod0")?;
         let agent = node.start(&node.settings(), TcSetting::Auto)?;
         std::fs::remove_file(node.link_pin(&format!("tc-ingress-{pod}")))?;
-        ensure!(tcx("pod0", TcAttachType::Ingress)?.is_empty());
-        run("ip link set pod0 mtu 1400")?;
+        // The kernel detaches some time after the last reference has gone.
+        agent
+            .until("ingress detached", |_| tcx("pod0", TcAttachType::Ingress).is_ok_and(|p| p.is_empty()))?;
+        run("ip link set pod0 down")?;
         agent.until("ingress attached again", |_| {
             tcx("pod0", TcAttachType::Ingress).is_ok_and(|programs| programs.len() == 1)
         })?;

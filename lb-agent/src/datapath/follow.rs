@@ -50,6 +50,7 @@ pub async fn follow(
     resync.tick().await;
     let mut first = true;
     let mut change = Change::ALL;
+    let mut verify = true;
     let mut routes = BTreeSet::new();
     let mut unhandled = BTreeSet::new();
     loop {
@@ -57,7 +58,7 @@ pub async fn follow(
             Ok((links, context)) => {
                 let roles = roles(&datapath, &links, &context);
                 report_unhandled(&links, &mut unhandled);
-                datapath.apply(&links, &roles, sink.as_ref());
+                datapath.apply(&links, &roles, verify, sink.as_ref());
                 if first {
                     first = false;
                     datapath.settle(sink.as_ref(), &links).await;
@@ -72,14 +73,14 @@ pub async fn follow(
             Err(error) => {
                 warn!(%error, "the device list cannot be read; trying again");
                 sleep(RETRY).await;
-                change = Change::ALL;
+                (change, verify) = (Change::ALL, true);
                 continue;
             }
         }
         debug_assert!(!connection.0.is_finished());
-        change = tokio::select! {
-            change = events.changed() => change?,
-            _ = resync.tick() => Change::ALL,
+        (change, verify) = tokio::select! {
+            change = events.changed() => (change?, false),
+            _ = resync.tick() => (Change::ALL, true),
         };
     }
 }
@@ -128,9 +129,19 @@ fn report_unhandled(links: &Links, known: &mut BTreeSet<u32>) {
     }
 }
 
+impl Followed {
+    fn new(link: &LinkFacts, role: Role) -> Self {
+        Self { facts: link.clone(), role, entry: None, attached: None, failure: None }
+    }
+
+    fn is_settled(&self, link: &LinkFacts, role: Role) -> bool {
+        self.facts == *link && self.role == role && self.failure.is_none() && self.attached.is_some()
+    }
+}
+
 impl Datapath {
-    /// Brings all devices to what they should be.
-    fn apply(&self, links: &Links, roles: &BTreeMap<u32, Role>, sink: &dyn DeviceSink) {
+    /// Brings all devices to what they should be; looks at those that have not changed only to `verify` them.
+    fn apply(&self, links: &Links, roles: &BTreeMap<u32, Role>, verify: bool, sink: &dyn DeviceSink) {
         let gone: Vec<u32> = self.followed().keys().copied().filter(|i| !roles.contains_key(i)).collect();
         let mut changed = !gone.is_empty();
         for ifindex in gone {
@@ -138,15 +149,13 @@ impl Datapath {
         }
         for (ifindex, role) in roles {
             let Some(link) = links.get(ifindex) else { continue };
-            let mut device = self.followed().get(ifindex).cloned().unwrap_or_else(|| Followed {
-                name: link.name.clone(),
-                role: *role,
-                entry: None,
-                attached: None,
-                failure: None,
-            });
+            let known = self.followed().get(ifindex).cloned();
+            if known.as_ref().is_some_and(|d| !verify && d.is_settled(link, *role)) {
+                continue;
+            }
+            let mut device = known.unwrap_or_else(|| Followed::new(link, *role));
             let before = (device.attached.clone(), device.failure.clone());
-            device.name.clone_from(&link.name);
+            device.facts.clone_from(link);
             device.role = *role;
             match self.ensure(link, &mut device, sink) {
                 Ok(()) => device.failure = None,
@@ -207,7 +216,7 @@ impl Datapath {
 
     /// A device that is gone, or has no role any more.
     fn forget(&self, ifindex: u32, sink: &dyn DeviceSink) {
-        let name = self.followed().remove(&ifindex).map_or_else(String::new, |d| d.name);
+        let name = self.followed().remove(&ifindex).map_or_else(String::new, |d| d.facts.name);
         if let Err(error) = attach::release(ifindex, &self.state.links()) {
             warn!(device = name, ifindex, %error, "programs cannot be taken off");
         }
