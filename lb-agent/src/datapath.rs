@@ -150,8 +150,8 @@ impl Datapath {
     }
 
     /// Keeps all devices of this network namespace in `DEVICES` and under our programs, and tells the namespace's own
-    /// addresses. Runs until dropped; an error means that devices cannot be watched at all. The first value of `addresses`
-    /// is sent after all devices of the start have been dealt with.
+    /// addresses. Runs until dropped; an error means that devices cannot be watched any more, and calling again starts anew.
+    /// `addresses` is sent first after all devices of the start have been dealt with.
     pub fn follow_devices(
         self: &Arc<Self>,
         sink: Arc<dyn DeviceSink>,
