@@ -196,14 +196,13 @@ fn parse<A: Wire>(frame: Frame, p: &mut Packet<A>) -> bool {
     p.tuple.dport = dport;
     p.tcp_flags = 0;
     match p.tuple.proto {
-        proto::UDP => true,
-        proto::TCP => match frame.read::<u8>(A::L4 + 13) {
-            Some(seen) => {
-                p.tcp_flags = seen & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST);
-                true
-            }
-            None => false,
-        },
+        proto::UDP => frame.at::<u16>(A::L4 + 6).is_some(),
+        proto::TCP => {
+            // The flags, and the last two bytes: the whole header is there.
+            let Some(seen) = frame.read::<u8>(A::L4 + 13) else { return false };
+            p.tcp_flags = seen & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST);
+            frame.at::<u16>(A::L4 + 18).is_some()
+        }
         _ => false,
     }
 }
