@@ -10,7 +10,7 @@ use crate::{
     net::{Net, Packet, Scratch},
 };
 
-/// `struct bpf_fib_lookup` of the kernel's UAPI, with the members that are used named.
+/// `struct bpf_fib_lookup` of the kernel's UAPI, with the members that are used named. IPv4 addresses are the first word.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Fib {
@@ -53,8 +53,10 @@ pub fn route<A: Net>(ctx: *mut c_void, p: &Packet<A>, src: &A, dst: &A, ip_bytes
     fib.tot_len = ip_bytes;
     fib.ifindex = p.ifindex;
     fib.tos = if A::IS_V6 { 0 } else { p.tos as u32 };
-    fib.src = [src.word(0), src.word(1), src.word(2), src.word(3)];
-    fib.dst = [dst.word(0), dst.word(1), dst.word(2), dst.word(3)];
+    for i in 0..A::WORDS {
+        fib.src[i] = src.word(i);
+        fib.dst[i] = dst.word(i);
+    }
     fib.vlan = 0;
     // SAFETY: the parameters are a valid struct of the size given.
     unsafe { bpf_fib_lookup(ctx, (fib as *mut Fib).cast(), size_of::<Fib>() as i32, 0) as i64 }
