@@ -1,1 +1,4 @@
 //! Test harness.
+
+pub mod frame;
+pub mod lab;
