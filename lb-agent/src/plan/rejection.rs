@@ -51,8 +51,8 @@ impl Resource {
             Self::Frontends(_) => "--max-frontends",
             Self::Services => "--max-services",
             Self::Slots => "--max-slots",
-            Self::Backends(_) => "--max-backends",
-            Self::Members => "--max-affinity-members",
+            // One member per backend of a Service with affinity: sized like the backends.
+            Self::Backends(_) | Self::Members => "--max-backends",
         }
     }
 }
