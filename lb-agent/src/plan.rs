@@ -11,8 +11,6 @@ use std::{
     sync::Arc,
 };
 
-use lb_common::maps::capacity;
-
 use crate::{
     model::{Model, ServiceKey},
     settings,
@@ -68,7 +66,7 @@ impl From<&settings::Capacities> for Capacities {
             services: c.services,
             slots: c.slots,
             backends: c.backends,
-            members: capacity::AFFINITY_MEMBERS,
+            members: c.backends,
         }
     }
 }

@@ -51,8 +51,8 @@ impl Resource {
             Self::Frontends(_) => "raise --max-frontends",
             Self::Services => "raise --max-services",
             Self::Slots => "raise --max-slots",
-            Self::Backends(_) => "raise --max-backends",
-            Self::Members => "the number is fixed, use session affinity on fewer Services",
+            // The map of members is made with as many entries as those of backends.
+            Self::Backends(_) | Self::Members => "raise --max-backends",
         }
     }
 }
