@@ -58,6 +58,18 @@ impl Options {
     pub const fn new(layout: Layout) -> Self {
         Self { layout, offloads: true, agent_flags: Vec::new() }
     }
+
+    /// Adds a flag to the command line of every agent.
+    #[must_use]
+    pub fn flag(mut self, flag: &str) -> Self {
+        self.agent_flags.push(flag.to_owned());
+        self
+    }
+
+    /// Whether the sockets of pods are connected to backends directly.
+    pub fn hooks_in_pods(&self) -> bool {
+        self.agent_flags.iter().any(|f| f == "--socket-lb=all")
+    }
 }
 
 /// A node with its pods.
@@ -73,6 +85,11 @@ impl Node {
     /// Where the agent pins its maps and links.
     pub fn state_dir(&self) -> PathBuf {
         self.dir.join("bpf")
+    }
+
+    /// The node's own addresses on its devices towards pods.
+    pub fn gateway(&self) -> Pair {
+        Pair::new(&format!("10.244.{}.1", self.number), &format!("fd00:10:244:{}::1", self.number))
     }
 
     /// The name of the device towards a pod.
@@ -125,6 +142,16 @@ impl Cluster {
         Ok(())
     }
 
+    /// All pods, those of node1 first.
+    pub fn pods(&self) -> impl Iterator<Item = &Place> {
+        self.nodes.iter().flat_map(|n| &n.pods)
+    }
+
+    /// Everything that traffic can come from.
+    pub fn places(&self) -> impl Iterator<Item = &Place> {
+        self.pods().chain(self.nodes.iter().map(|n| &n.place)).chain([&self.client])
+    }
+
     pub fn node(&self, number: u8) -> &Node {
         &self.nodes[usize::from(number) - 1]
     }
@@ -134,7 +161,7 @@ impl Cluster {
     /// # Panics
     /// If there is none of that name.
     pub fn pod(&self, name: &str) -> &Place {
-        self.nodes.iter().flat_map(|n| &n.pods).find(|p| p.name == name).expect("a pod of this cluster")
+        self.pods().find(|p| p.name == name).expect("a pod of this cluster")
     }
 
     /// Starts the agent of a node and waits until it is ready.

@@ -3,15 +3,18 @@
 //! * [`cluster`] builds nodes, pods, a router and a client, in the shape that a CNI gives them;
 //! * [`agent`] runs `lb-agent` on a node;
 //! * [`traffic`] is what servers and clients do, each a process of its own (`netproc`) in its namespace and cgroup;
+//! * [`expect`] knows what each of them should have seen;
 //! * [`manifests`] are the objects that agents read;
 //! * [`janitor`] takes everything down again, whatever becomes of the process that made it.
 
 pub mod agent;
 pub mod cluster;
+pub mod expect;
 pub mod janitor;
 pub mod manifests;
 pub mod netns;
 pub mod place;
+pub mod shared;
 pub mod traffic;
 
 use std::time::{Duration, Instant};

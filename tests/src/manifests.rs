@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::POD_PORT,
+    cluster::{Cluster, Node, POD_PORT},
     place::{Family, Pair, Place},
 };
 
@@ -115,12 +115,31 @@ impl Service {
         }
     }
 
-    /// Also with a NodePort and a LoadBalancer address.
-    #[must_use]
-    pub fn exposed(mut self, node_port: u16, load_balancer: Pair) -> Self {
-        self.node_port = Some(node_port);
-        self.load_balancer = Some(load_balancer);
-        self
+    /// A Service of type LoadBalancer on these pods of a [`Cluster`], with a ClusterIP, a NodePort and a LoadBalancer
+    /// address. `number` makes them unique.
+    pub fn on(cluster: &Cluster, name: &str, number: u8, pods: &[&str]) -> Self {
+        let mut service =
+            Self::new(name, number, pods.iter().map(|p| Endpoint::pod(cluster.pod(p))).collect());
+        service.node_port = Some(30000 + u16::from(number));
+        service.load_balancer =
+            Some(Pair::new(&format!("192.0.2.{number}"), &format!("2001:db8:192::{number}")));
+        service
+    }
+
+    /// Its addresses in both families, for a client whose packets come to `node`.
+    pub fn frontends(&self, node: &Node) -> Vec<(&'static str, SocketAddr)> {
+        let all = [
+            ("ClusterIP", Some(self.cluster_ips), Some(self.port)),
+            ("NodePort", Some(node.place.addrs), self.node_port),
+            ("LoadBalancer", self.load_balancer, Some(self.port)),
+        ];
+        let pairs = all.into_iter().filter_map(|(kind, addrs, port)| Some((kind, addrs?, port?)));
+        pairs.flat_map(|(kind, addrs, port)| Family::BOTH.map(|f| (kind, addrs.socket(f, port)))).collect()
+    }
+
+    /// The ClusterIP of one family, with the port.
+    pub const fn cluster_ip(&self, family: Family) -> SocketAddr {
+        self.cluster_ips.socket(family, self.port)
     }
 
     /// Sets a field of `spec`.

@@ -29,8 +29,7 @@ const SERVICE_RANGES: [&str; 4] = ["10.96.0.0/16", "192.0.2.0/24", "fd00:10:96::
 
 /// Connects everything.
 pub fn connect(cluster: &Cluster) -> anyhow::Result<()> {
-    let places = cluster.nodes.iter().flat_map(|n| n.pods.iter().chain([&n.place])).chain([&cluster.client]);
-    for netns in places.map(|p| &p.netns).chain([&cluster.router]) {
+    for netns in cluster.places().map(|p| &p.netns).chain([&cluster.router]) {
         netns.sysctl(&EVERYWHERE)?;
     }
     router(cluster)?;
@@ -108,7 +107,7 @@ fn address(device: &str, (v4, v6): (&str, &str)) -> [String; 3] {
 
 /// The pods of a node and their devices.
 fn pods(cluster: &Cluster, node: &Node) -> anyhow::Result<()> {
-    let gateway = (format!("10.244.{}.1", node.number), format!("fd00:10:244:{}::1", node.number));
+    let gateway = (node.gateway().v4.to_string(), node.gateway().v6.to_string());
     let gateway = (gateway.0.as_str(), gateway.1.as_str());
     let netns = &node.place.netns;
     if cluster.options.layout == Layout::Bridge {

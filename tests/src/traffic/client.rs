@@ -13,38 +13,32 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::task::{Answer, Call, Failure, Outcome, Proto, Tally};
 
-/// The bytes of bulk transfers: the same at both ends, and no two neighbouring blocks alike.
-pub fn pattern(offset: u64, buffer: &mut [u8]) {
-    for (i, byte) in (offset..).zip(buffer) {
-        *byte = (i ^ (i >> 8) ^ (i >> 16)) as u8;
-    }
+/// The block that bulk transfers repeat: a prime length, so that segments never line up with it, and bytes without a
+/// period (the high bits of a multiplicative sequence).
+fn block() -> Vec<u8> {
+    (1..=65_521u32).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect()
 }
 
-/// Size of one read or write in bulk transfers; more than a GSO packet.
-const CHUNK: usize = 256 * 1024;
-
-/// Sends `bytes` of [`pattern`].
+/// Sends `bytes` of repeated [`block`]s.
 pub fn send_pattern(to: &mut impl io::Write, bytes: u64) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
-    for offset in (0..bytes).step_by(CHUNK) {
-        let chunk = &mut buffer[..CHUNK.min((bytes - offset) as usize)];
-        pattern(offset, chunk);
-        to.write_all(chunk)?;
+    let block = block();
+    for offset in (0..bytes).step_by(block.len()) {
+        to.write_all(&block[..block.len().min((bytes - offset) as usize)])?;
     }
     Ok(())
 }
 
-/// Receives `bytes` and compares them with [`pattern`].
+/// Receives `bytes` and compares them with repeated [`block`]s.
 pub fn check_pattern(from: &mut impl io::Read, bytes: u64) -> io::Result<()> {
-    let (mut got, mut want) = (vec![0; CHUNK], vec![0; CHUNK]);
-    for offset in (0..bytes).step_by(CHUNK) {
-        let length = CHUNK.min((bytes - offset) as usize);
+    let want = block();
+    let mut got = vec![0; want.len()];
+    for offset in (0..bytes).step_by(want.len()) {
+        let length = want.len().min((bytes - offset) as usize);
         from.read_exact(&mut got[..length])?;
-        pattern(offset, &mut want[..length]);
         if got[..length] != want[..length] {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("other bytes than sent, near {offset}"),
+                format!("other bytes than sent, after {offset}"),
             ));
         }
     }
@@ -62,11 +56,9 @@ impl Connection {
     fn open(call: &Call) -> io::Result<Self> {
         let kind = if call.proto == Proto::Tcp { Type::STREAM } else { Type::DGRAM };
         let socket = Socket::new(Domain::for_address(call.to), kind, None)?;
-        if let Some(port) = call.from_port {
+        if let Some(from) = call.from {
             socket.set_reuse_address(true)?;
-            let any =
-                if call.to.is_ipv4() { SocketAddr::from(([0; 4], port)) } else { ([0u16; 8], port).into() };
-            socket.bind(&SockAddr::from(any))?;
+            socket.bind(&SockAddr::from(from))?;
         }
         let timeout = Duration::from_millis(call.timeout_ms);
         socket.set_read_timeout(Some(timeout))?;

@@ -40,14 +40,14 @@ pub enum Proto {
 pub struct Call {
     pub proto: Proto,
     pub to: SocketAddr,
-    /// The client's own port; any if `None`.
-    pub from_port: Option<u16>,
+    /// The client's own address and port (either may be unspecified); any if `None`.
+    pub from: Option<SocketAddr>,
     pub timeout_ms: u64,
 }
 
 impl Call {
     pub const fn new(proto: Proto, to: SocketAddr) -> Self {
-        Self { proto, to, from_port: None, timeout_ms: 3000 }
+        Self { proto, to, from: None, timeout_ms: 3000 }
     }
 
     pub const fn tcp(to: SocketAddr) -> Self {
@@ -59,8 +59,8 @@ impl Call {
     }
 
     #[must_use]
-    pub const fn from_port(mut self, port: u16) -> Self {
-        self.from_port = Some(port);
+    pub const fn from(mut self, addr: SocketAddr) -> Self {
+        self.from = Some(addr);
         self
     }
 
