@@ -45,6 +45,15 @@ impl Sum {
     pub const fn replace_port(self, old: Be16, new: Be16) -> Self {
         self.sub16(old.raw()).add16(new.raw())
     }
+    /// The unfolded sum, for [`Self::from_raw`].
+    #[inline(always)]
+    pub const fn raw(self) -> u64 {
+        self.0
+    }
+    #[inline(always)]
+    pub const fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
     #[inline(always)]
     pub const fn plus(self, other: Self) -> Self {
         Self(self.0 + other.0)

@@ -130,9 +130,11 @@ pub struct ServiceStats {
     pub bytes: u64,
     /// New flows, and sockets connected through the socket hooks.
     pub connections: u64,
+    /// How many of the packets XDP translated.
+    pub xdp_packets: u64,
 }
 
-map_type!(ServiceStats, size = 24);
+map_type!(ServiceStats, size = 32);
 
 #[cfg(test)]
 mod tests {

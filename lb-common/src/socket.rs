@@ -11,7 +11,8 @@ pub struct SocketKey {
     pub backend: V6,
     pub port: Be16,
     pub proto: u8,
-    pub _pad: [u8; 5],
+    pub _pad: u8,
+    pub _pad2: u32,
 }
 
 map_type!(SocketKey, size = 32);
@@ -22,7 +23,8 @@ map_type!(SocketKey, size = 32);
 pub struct SocketOrigin {
     pub frontend: V6,
     pub port: Be16,
-    pub _pad: [u8; 6],
+    pub _pad: u16,
+    pub _pad2: u32,
 }
 
 map_type!(SocketOrigin, size = 24);

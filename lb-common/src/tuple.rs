@@ -11,7 +11,9 @@ pub struct Tuple<A> {
     pub sport: Be16,
     pub dport: Be16,
     pub proto: u8,
-    pub _pad: [u8; 3],
+    // Two fields, not an array: LLVM's BPF target calls memset for three bytes.
+    pub _pad: u8,
+    pub _pad2: u16,
 }
 
 map_type!(Tuple<V4>, size = 16);
@@ -20,7 +22,21 @@ map_type!(Tuple<V6>, size = 40);
 impl<A: Addr> Tuple<A> {
     #[inline(always)]
     pub const fn new(src: A, sport: Be16, dst: A, dport: Be16, proto: u8) -> Self {
-        Self { src, dst, sport, dport, proto, _pad: [0; 3] }
+        Self { src, dst, sport, dport, proto, _pad: 0, _pad2: 0 }
+    }
+
+    /// Source and destination, side by side as both IP headers have them.
+    #[inline(always)]
+    pub const fn addresses(&self) -> &[A; 2] {
+        // SAFETY: repr(C) puts `src` and `dst` at the start, and A has no padding (it is Pod).
+        unsafe { &*(self as *const Self).cast() }
+    }
+
+    /// As [`Self::addresses`], to be filled.
+    #[inline(always)]
+    pub const fn addresses_mut(&mut self) -> &mut [A; 2] {
+        // SAFETY: as above; any bytes are a valid A.
+        unsafe { &mut *(self as *mut Self).cast() }
     }
 
     /// The tuple of the packets that answer this one.
@@ -39,7 +55,8 @@ pub struct FragmentKey<A> {
     /// Identification field as in the packet (IPv4 has 16 bits).
     pub id: u32,
     pub proto: u8,
-    pub _pad: [u8; 3],
+    pub _pad: u8,
+    pub _pad2: u16,
 }
 
 map_type!(FragmentKey<V4>, size = 16);
@@ -48,7 +65,7 @@ map_type!(FragmentKey<V6>, size = 40);
 impl<A: Addr> FragmentKey<A> {
     #[inline(always)]
     pub const fn new(src: A, dst: A, id: u32, proto: u8) -> Self {
-        Self { src, dst, id, proto, _pad: [0; 3] }
+        Self { src, dst, id, proto, _pad: 0, _pad2: 0 }
     }
 }
 

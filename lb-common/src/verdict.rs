@@ -12,83 +12,63 @@ pub enum Verdict {
     Redirected(i32),
 }
 
-/// Every reason to drop, refuse or knowingly not translate a packet, and every event worth counting. The value is the
-/// index into the per-CPU array `COUNTERS`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u32)]
-pub enum Counter {
-    /// Translated towards a backend.
-    Forward = 0,
-    /// Translated back towards a client.
-    Reply = 1,
-    /// ICMP errors translated, either direction.
-    IcmpTranslated = 2,
-    /// Translated by XDP (also counted as forward or reply).
-    Xdp = 3,
-    /// New flows.
-    FlowCreated = 4,
-    /// Sockets connected and datagrams sent through the socket hooks.
-    SocketTranslated = 5,
-    /// Refused: the Service has no usable endpoint anywhere.
-    RejectNoEndpoints = 6,
-    /// Sockets refused by connect or sendmsg for the same reason.
-    SocketRejectNoEndpoints = 7,
-    /// Dropped: policy Local and no usable endpoint on this node.
-    DropNoLocalEndpoints = 8,
-    /// Dropped: no free source port.
-    DropSnatExhausted = 9,
-    /// Dropped: the flow table is full.
-    DropFlowTableFull = 10,
-    /// Dropped: transit traffic, and the device it leaves by has no address of the family.
-    DropNoSnatAddress = 11,
-    /// Dropped: transit traffic, and the kernel has no route.
-    DropNoRoute = 12,
-    /// Dropped: time to live ran out in transit (the sender is told).
-    DropTtlExceeded = 13,
-    /// Dropped: larger than the next link in transit (the sender is told).
-    DropTooBig = 14,
-    /// Dropped: a helper refused to change the packet, which would have left it half rewritten.
-    DropRewriteFailed = 15,
-    /// Dropped: a frontend or slot pointed at nothing. Never seen unless the maps were damaged.
-    DropBadMap = 16,
-    /// ICMP errors of our own that could not be built.
-    DropIcmpBuildFailed = 17,
-    /// Later fragments whose first fragment is unknown: passed untouched.
-    PassFragmentUnknown = 18,
-    /// IPv6 with extension headers that are not walked: passed untouched.
-    PassExtensionHeader = 19,
-    /// Dropped: the backend's neighbour could not be resolved.
-    DropNoNeighbour = 20,
+/// Declares [`Counter`] with each counter's name and meaning in one place.
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $index:literal, $name:literal;)+) => {
+        /// Every reason to drop, refuse or knowingly not translate a packet, and every event worth counting besides the
+        /// packets of each Service (`SERVICE_STATS`). The value is the index into the per-CPU array `COUNTERS`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        #[repr(u32)]
+        pub enum Counter {
+            $($(#[doc = $doc])+ $variant = $index,)+
+        }
+
+        impl Counter {
+            /// All, in the order of their index, with the name that metrics use.
+            pub const ALL: &'static [(Self, &'static str)] = &[$((Self::$variant, $name)),+];
+            /// Number of counters.
+            pub const COUNT: u32 = Self::ALL.len() as u32;
+        }
+    };
 }
 
-impl Counter {
-    /// Number of counters.
-    pub const COUNT: u32 = 21;
-
-    /// All, in the order of their index, with the name that metrics and `--help` use.
-    pub const ALL: [(Self, &'static str); Self::COUNT as usize] = [
-        (Self::Forward, "forward"),
-        (Self::Reply, "reply"),
-        (Self::IcmpTranslated, "icmp_translated"),
-        (Self::Xdp, "xdp"),
-        (Self::FlowCreated, "flow_created"),
-        (Self::SocketTranslated, "socket_translated"),
-        (Self::RejectNoEndpoints, "reject_no_endpoints"),
-        (Self::SocketRejectNoEndpoints, "socket_reject_no_endpoints"),
-        (Self::DropNoLocalEndpoints, "drop_no_local_endpoints"),
-        (Self::DropSnatExhausted, "drop_snat_exhausted"),
-        (Self::DropFlowTableFull, "drop_flow_table_full"),
-        (Self::DropNoSnatAddress, "drop_no_snat_address"),
-        (Self::DropNoRoute, "drop_no_route"),
-        (Self::DropTtlExceeded, "drop_ttl_exceeded"),
-        (Self::DropTooBig, "drop_too_big"),
-        (Self::DropRewriteFailed, "drop_rewrite_failed"),
-        (Self::DropBadMap, "drop_bad_map"),
-        (Self::DropIcmpBuildFailed, "drop_icmp_build_failed"),
-        (Self::PassFragmentUnknown, "pass_fragment_unknown"),
-        (Self::PassExtensionHeader, "pass_extension_header"),
-        (Self::DropNoNeighbour, "drop_no_neighbour"),
-    ];
+counters! {
+    /// New flows.
+    FlowCreated = 0, "flow_created";
+    /// ICMP errors translated, either direction.
+    IcmpTranslated = 1, "icmp_translated";
+    /// Sockets connected and datagrams sent through the socket hooks.
+    SocketTranslated = 2, "socket_translated";
+    /// Refused: the Service has no usable endpoint anywhere.
+    RejectNoEndpoints = 3, "reject_no_endpoints";
+    /// Refused at connect or sendmsg for the same reason.
+    SocketRejectNoEndpoints = 4, "socket_reject_no_endpoints";
+    /// Dropped: policy Local and no usable endpoint on this node.
+    DropNoLocalEndpoints = 5, "drop_no_local_endpoints";
+    /// Dropped: no free source port.
+    DropSnatExhausted = 6, "drop_snat_exhausted";
+    /// Dropped: the flow table is full.
+    DropFlowTableFull = 7, "drop_flow_table_full";
+    /// Dropped: in transit, and the device it would leave by has no address of the family.
+    DropNoSnatAddress = 8, "drop_no_snat_address";
+    /// Dropped: in transit, and the kernel has no route or does not forward.
+    DropNoRoute = 9, "drop_no_route";
+    /// Dropped: time to live ran out in transit (the sender is told).
+    DropTtlExceeded = 10, "drop_ttl_exceeded";
+    /// Dropped: larger than the next link in transit (the sender is told).
+    DropTooBig = 11, "drop_too_big";
+    /// Dropped: the kernel refused to change the packet, which would have left it half rewritten.
+    DropRewriteFailed = 12, "drop_rewrite_failed";
+    /// Dropped: a frontend or slot pointed at nothing. Never seen unless the maps were damaged.
+    DropBadMap = 13, "drop_bad_map";
+    /// Dropped: an ICMP error should have answered, but could not be built.
+    DropIcmpBuildFailed = 14, "drop_icmp_build_failed";
+    /// Later fragments whose first fragment was not translated here: passed untouched.
+    PassFragmentUnknown = 15, "pass_fragment_unknown";
+    /// IPv6 with an extension header that is not walked: passed untouched.
+    PassExtensionHeader = 16, "pass_extension_header";
+    /// Packets of a Service that XDP left to tc: a case it does not handle, or no neighbour entry yet.
+    XdpLeftToTc = 17, "xdp_left_to_tc";
 }
 
 #[cfg(test)]

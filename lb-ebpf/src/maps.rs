@@ -18,6 +18,8 @@ use lb_common::{
     verdict::Counter,
 };
 
+use crate::net::Scratch;
+
 /// The agent writes these arrays through a memory map: a store is seen by the next packet.
 const MMAP: usize = BPF_F_MMAPABLE as usize;
 /// Memory follows the number of entries instead of the capacity.
@@ -67,5 +69,9 @@ pub static FRAGMENTS4: LruHashMap<FragmentKey<V4>, FragmentPorts, { capacity::FR
 #[btf_map]
 pub static FRAGMENTS6: LruHashMap<FragmentKey<V6>, FragmentPorts, { capacity::FRAGMENTS as usize }> =
     LruHashMap::new();
+#[btf_map]
+pub static SCRATCH4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
+#[btf_map]
+pub static SCRATCH6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
 #[btf_map]
 pub static CLOCK: Array<Clock, 1> = Array::new();

@@ -1,0 +1,90 @@
+//! Transit: the way out of the node without the stack.
+
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::generated::bpf_fib_lookup;
+use lb_common::verdict::Counter;
+
+use crate::{
+    maps,
+    net::{Net, Packet, Scratch},
+};
+
+/// `struct bpf_fib_lookup` of the kernel's UAPI, with the members that are used named.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Fib {
+    family: u8,
+    l4_protocol: u8,
+    sport: u16,
+    dport: u16,
+    /// In: length from the IP header, 0 for no check. Out: MTU of the route.
+    pub tot_len: u16,
+    /// In: the device that the packet came by. Out: the device to leave by.
+    pub ifindex: u32,
+    /// IPv4: type of service; IPv6: flow information.
+    tos: u32,
+    src: [u32; 4],
+    dst: [u32; 4],
+    vlan: u32,
+    pub smac: [u8; 6],
+    pub dmac: [u8; 6],
+}
+
+const _: () = assert!(size_of::<Fib>() == 64);
+
+impl Fib {
+    pub const EMPTY: Self = Self {
+        family: 0,
+        l4_protocol: 0,
+        sport: 0,
+        dport: 0,
+        tot_len: 0,
+        ifindex: 0,
+        tos: 0,
+        src: [0; 4],
+        dst: [0; 4],
+        vlan: 0,
+        smac: [0; 6],
+        dmac: [0; 6],
+    };
+}
+
+/// Return values of `bpf_fib_lookup` that are told apart.
+pub mod result {
+    pub const SUCCESS: i64 = 0;
+    pub const NO_NEIGH: i64 = 7;
+    pub const FRAG_NEEDED: i64 = 8;
+}
+
+/// Asks the kernel's routing table. `ip_bytes` is checked against the route's MTU unless it is 0.
+///
+/// Returns the kernel's code and the filled parameters; a negative code means that the arguments were refused.
+#[inline(always)]
+pub fn route<A: Net>(ctx: *mut c_void, p: &Packet<A>, src: &A, dst: &A, ip_bytes: u16, fib: &mut Fib) -> i64 {
+    *fib = Fib {
+        family: A::AF,
+        l4_protocol: p.tuple.proto,
+        tot_len: ip_bytes,
+        ifindex: p.ifindex,
+        tos: if A::IS_V6 { 0 } else { p.tos as u32 },
+        src: [src.word(0), src.word(1), src.word(2), src.word(3)],
+        dst: [dst.word(0), dst.word(1), dst.word(2), dst.word(3)],
+        ..Fib::EMPTY
+    };
+    // SAFETY: the parameters are a valid struct of the size given.
+    unsafe { bpf_fib_lookup(ctx, (fib as *mut Fib).cast(), size_of::<Fib>() as i32, 0) as i64 }
+}
+
+/// The address of this node that a packet to `dst` leaves under: that of the device the route names.
+#[inline(always)]
+pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A) -> Result<A, Counter> {
+    let Some(Scratch { fib, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
+    let code = route(ctx, p, &p.tuple.src, &dst, 0, fib);
+    if code != result::SUCCESS && code != result::NO_NEIGH {
+        return Err(Counter::DropNoRoute);
+    }
+    // SAFETY: read at once.
+    let device = unsafe { maps::DEVICES.get(fib.ifindex) };
+    device.and_then(A::snat_addr).ok_or(Counter::DropNoSnatAddress)
+}

@@ -1,0 +1,36 @@
+//! Constants that the agent sets when it loads the object; the verifier removes what they switch off.
+
+use aya_ebpf::Global;
+use lb_common::nat::PortRange;
+
+#[unsafe(no_mangle)]
+static JIFFIES_PER_S: Global<u32> = Global::new(250);
+#[unsafe(no_mangle)]
+static SNAT_PORT_FIRST: Global<u16> = Global::new(PortRange::DEFAULT.first);
+#[unsafe(no_mangle)]
+static SNAT_PORT_LAST: Global<u16> = Global::new(PortRange::DEFAULT.last);
+#[unsafe(no_mangle)]
+static HASH_SEED: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static SOCKET_NETNS: Global<u64> = Global::new(0);
+
+#[inline(always)]
+pub fn jiffies_per_s() -> u32 {
+    JIFFIES_PER_S.load()
+}
+
+#[inline(always)]
+pub fn snat_ports() -> PortRange {
+    PortRange { first: SNAT_PORT_FIRST.load(), last: SNAT_PORT_LAST.load() }
+}
+
+#[inline(always)]
+pub fn hash_seed() -> u32 {
+    HASH_SEED.load()
+}
+
+/// Cookie of the only network namespace whose sockets are served, or 0 for all.
+#[inline(always)]
+pub fn socket_netns() -> u64 {
+    SOCKET_NETNS.load()
+}

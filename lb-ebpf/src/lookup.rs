@@ -1,0 +1,144 @@
+//! What is to become of a packet: its flow, or a new one. The same for XDP and tc.
+
+use core::ffi::c_void;
+
+use lb_common::{
+    conntrack::{Flow, flags, tcp},
+    device,
+    frontend::FrontendValue,
+    nat::is_hairpin,
+    select::{self, Origin},
+    verdict::Counter,
+};
+
+use crate::{
+    conntrack, forward, globals, maps, metrics,
+    net::{Net, Packet},
+    service::{self, Refusal},
+};
+
+/// What the tables say about a packet.
+pub enum Found<A> {
+    /// Not ours, or not for this hook.
+    Nothing,
+    /// Translate. Points into a map: the entry may be removed meanwhile, its memory stays until the program returns.
+    Flow(*const Flow<A>),
+    /// No backend.
+    Refused(Refusal),
+}
+
+/// Finds the flow of a packet that comes in, or opens one if it is for a frontend.
+///
+/// A SYN goes to the frontend first: most are new, and those of other traffic end at one miss.
+#[inline(always)]
+pub fn ingress<A: Net>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
+    if p.is_syn() {
+        return syn(ctx, p);
+    }
+    if let Some(flow) = A::flow(&p.tuple) {
+        // SAFETY: a map value, valid for the program's run.
+        if unsafe { (*flow).flags } & flags::AT_EGRESS != 0 {
+            return Found::Nothing;
+        }
+        conntrack::refresh(flow, p.tcp_flags, p.now);
+        return Found::Flow(flow);
+    }
+    match A::frontend(&p.frontend_key()) {
+        Some(frontend) => opened(open(ctx, p, bytemuck::cast(frontend))),
+        None => Found::Nothing,
+    }
+}
+
+#[inline(always)]
+fn syn<A: Net>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
+    let Some(frontend) = A::frontend(&p.frontend_key()) else { return Found::Nothing };
+    if let Some(flow) = A::flow(&p.tuple) {
+        if !conntrack::make_way(&p.tuple, flow) {
+            // A retransmission, or a SYN on a live connection (the backend answers it as RFC 9293 asks).
+            conntrack::refresh(flow, p.tcp_flags, p.now);
+            return Found::Flow(flow);
+        }
+    }
+    opened(open(ctx, p, bytemuck::cast(frontend)))
+}
+
+/// Finds the flow of a packet that leaves, if this is where its answers are translated.
+#[inline(always)]
+pub fn egress<A: Net>(p: &Packet<A>) -> Option<*const Flow<A>> {
+    let flow = A::flow(&p.tuple)?;
+    // SAFETY: a map value, valid for the program's run.
+    if unsafe { (*flow).flags } & flags::AT_EGRESS == 0 {
+        return None;
+    }
+    conntrack::refresh(flow, p.tcp_flags, p.now);
+    Some(flow)
+}
+
+/// What [`open`] did. Fits a register: functions of the object return nothing larger.
+enum Opened {
+    /// The flow is in the scratch memory.
+    Done,
+    Refused(Refusal),
+}
+
+#[inline(always)]
+fn opened<A: Net>(result: Opened) -> Found<A> {
+    match (result, A::scratch()) {
+        (Opened::Done, Some(scratch)) => Found::Flow(&raw const scratch.opened),
+        (Opened::Done, None) => Found::Nothing,
+        (Opened::Refused(refusal), _) => Found::Refused(refusal),
+    }
+}
+
+/// Opens a flow. A function of its own in the object: packets of established flows have no use for its code in the
+/// cache. Takes scalars and pointers only, as calls in the object do: hence `frontend` as an integer.
+#[inline(never)]
+fn open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: u64) -> Opened {
+    match try_open(ctx, p, bytemuck::cast(frontend)) {
+        Ok(()) => Opened::Done,
+        Err(refusal) => Opened::Refused(refusal),
+    }
+}
+
+#[inline(always)]
+fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) -> Result<(), Refusal> {
+    let origin = origin(p.ifindex);
+    let hash = select::hash_tuple(&p.tuple, globals::hash_seed());
+    let picked = service::pick::<A>(frontend, origin, p.tuple.src, hash, p.now)?;
+    let (src, kind) = if is_hairpin(&p.tuple, &picked.backend.addr) {
+        // The pod would drop a packet from itself; the frontend's address brings the answer back here.
+        (p.tuple.dst, flags::HAIRPIN)
+    } else if origin == Origin::External && !picked.backend.is_local() {
+        (forward::snat_addr(ctx, p, picked.backend.addr).map_err(Refusal::Drop)?, flags::TRANSIT)
+    } else {
+        (p.tuple.src, 0)
+    };
+    let flow = &mut A::scratch().ok_or(Refusal::Drop(Counter::DropBadMap))?.opened;
+    *flow = Flow {
+        src,
+        dst: picked.backend.addr,
+        sport: p.tuple.sport,
+        dport: picked.backend.port,
+        flags: kind,
+        tcp_seen: p.tcp_flags & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST),
+        _pad: 0,
+        service: frontend.service,
+        backend: picked.id,
+        last_seen: p.now,
+        created: p.now,
+    };
+    conntrack::open(&p.tuple, flow, conntrack::reply_flags(kind), kind != 0, hash).map_err(Refusal::Drop)?;
+    metrics::count(Counter::FlowCreated);
+    metrics::count_connection(frontend.service);
+    Ok(())
+}
+
+/// Where packets of this device come from (rule D1: by the device, not by the address).
+#[inline(always)]
+fn origin(ifindex: u32) -> Origin {
+    // SAFETY: read at once.
+    match unsafe { maps::DEVICES.get(ifindex) } {
+        Some(d) if d.flags & device::flags::EXTERNAL != 0 => Origin::External,
+        _ => Origin::Internal,
+    }
+}

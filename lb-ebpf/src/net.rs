@@ -1,0 +1,195 @@
+//! What differs between IPv4 and IPv6: the maps, and the shape of the header. All other code is generic over [`Net`].
+
+use lb_common::{
+    Addr, Be16, V4, V6,
+    affinity::{AffinityKey, AffinityValue},
+    backend::Backend,
+    conntrack::Flow,
+    device::Device,
+    frontend::{FrontendKey, FrontendValue},
+    tuple::{FragmentKey, FragmentPorts, Tuple},
+};
+
+use crate::{forward::Fib, icmp, maps};
+
+/// `bpf_map_update_elem` flag: create only.
+pub const NOEXIST: u64 = 1;
+/// `bpf_map_update_elem` flag: create or replace.
+pub const ANY: u64 = 0;
+
+/// An address family as the data path sees it.
+pub trait Net: Addr {
+    /// Length of the fixed IP header in bytes.
+    const HEADER_BYTES: u32;
+    /// AF_INET or AF_INET6.
+    const AF: u8;
+
+    fn frontend(key: &FrontendKey<Self>) -> Option<FrontendValue>;
+    fn backend(id: u32) -> Option<Backend<Self>>;
+    fn flow(key: &Tuple<Self>) -> Option<*mut Flow<Self>>;
+    fn put_flow(key: &Tuple<Self>, flow: &Flow<Self>, mode: u64) -> Result<(), i32>;
+    fn remove_flow(key: &Tuple<Self>);
+    fn affinity(key: &AffinityKey<Self>) -> Option<AffinityValue>;
+    fn put_affinity(key: &AffinityKey<Self>, value: &AffinityValue);
+    fn fragment(key: &FragmentKey<Self>) -> Option<FragmentPorts>;
+    fn put_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts);
+    /// This CPU's scratch memory. Valid for one step: callees use it too.
+    fn scratch() -> Option<&'static mut Scratch<Self>>;
+    /// The source address for flows that leave by this device, if it has one of this family.
+    fn snat_addr(device: &Device) -> Option<Self>;
+}
+
+macro_rules! impl_net {
+    ($t:ty, $header:literal, $af:literal, $frontends:ident, $backends:ident, $flows:ident, $affinity:ident,
+     $fragments:ident, $scratch:ident, $snat:ident, $none:expr) => {
+        impl Net for $t {
+            const HEADER_BYTES: u32 = $header;
+            const AF: u8 = $af;
+
+            #[inline(always)]
+            fn frontend(key: &FrontendKey<Self>) -> Option<FrontendValue> {
+                // SAFETY: the value is eight aligned bytes, read as one.
+                maps::$frontends.get_ptr(key).map(|v| unsafe { core::ptr::read_volatile(v) })
+            }
+            #[inline(always)]
+            fn backend(id: u32) -> Option<Backend<Self>> {
+                maps::$backends.get(id).copied()
+            }
+            #[inline(always)]
+            fn flow(key: &Tuple<Self>) -> Option<*mut Flow<Self>> {
+                maps::$flows.get_ptr_mut(key)
+            }
+            #[inline(always)]
+            fn put_flow(key: &Tuple<Self>, flow: &Flow<Self>, mode: u64) -> Result<(), i32> {
+                maps::$flows.insert(key, flow, mode)
+            }
+            #[inline(always)]
+            fn remove_flow(key: &Tuple<Self>) {
+                // It may be gone already: the sweeper removes flows too.
+                let _ = maps::$flows.remove(key);
+            }
+            #[inline(always)]
+            fn affinity(key: &AffinityKey<Self>) -> Option<AffinityValue> {
+                // SAFETY: copied at once; a concurrent update of the same client changes to another valid memory.
+                unsafe { maps::$affinity.get(key).copied() }
+            }
+            #[inline(always)]
+            fn put_affinity(key: &AffinityKey<Self>, value: &AffinityValue) {
+                // A full LRU evicts; failing altogether only costs stickiness.
+                let _ = maps::$affinity.insert(key, value, ANY);
+            }
+            #[inline(always)]
+            fn fragment(key: &FragmentKey<Self>) -> Option<FragmentPorts> {
+                // SAFETY: copied at once.
+                unsafe { maps::$fragments.get(key).copied() }
+            }
+            #[inline(always)]
+            fn put_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts) {
+                // LRU: the oldest datagram gives way.
+                let _ = maps::$fragments.insert(key, ports, ANY);
+            }
+            #[inline(always)]
+            fn scratch() -> Option<&'static mut Scratch<Self>> {
+                // SAFETY: per CPU, and programs of one CPU do not interrupt each other: tc and XDP run with bottom
+                // halves off. Each user below has it to itself while it runs.
+                maps::$scratch.get_ptr_mut(0).map(|s| unsafe { &mut *s })
+            }
+            #[inline(always)]
+            fn snat_addr(device: &Device) -> Option<Self> {
+                if device.$snat == $none { None } else { Some(device.$snat) }
+            }
+        }
+    };
+}
+
+impl_net!(V4, 20, 2, FRONTENDS4, BACKENDS4, FLOWS4, AFFINITY4, FRAGMENTS4, SCRATCH4, snat4, V4::default());
+impl_net!(V6, 40, 10, FRONTENDS6, BACKENDS6, FLOWS6, AFFINITY6, FRAGMENTS6, SCRATCH6, snat6, V6::default());
+
+/// What is kept off the stack, which has 512 bytes for a whole call chain.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Scratch<A> {
+    pub packet: Packet<A>,
+    /// A flow that was just opened: the entry of the client's packets, that of the answers, and the latter's key.
+    pub opened: Flow<A>,
+    pub reply: Flow<A>,
+    pub reply_key: Tuple<A>,
+    /// An ICMP error: what it quotes, and both tuples that it gets.
+    pub quoted: Quoted<A>,
+    pub inner: Tuple<A>,
+    pub outer: Tuple<A>,
+    pub fib: Fib,
+    /// What `tc::transit` wants told to the sender, when it returns [`crate::tc::ANSWER`].
+    pub error: icmp::Error,
+}
+
+/// A packet inside an ICMP error.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Quoted<A> {
+    pub tuple: Tuple<A>,
+    pub l3: u32,
+    pub l4: u32,
+    pub ip_check: u16,
+    pub _pad: u16,
+}
+
+/// A packet as parsed, whatever the hook.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Packet<A> {
+    pub tuple: Tuple<A>,
+    /// Offset of the IP header from the start of the frame.
+    pub l3: u32,
+    /// Offset of the layer 4 header from the start of the frame. Not meaningful for later fragments.
+    pub l4: u32,
+    /// Length from the IP header on, in bytes.
+    pub ip_bytes: u32,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// IPv4: type of service; IPv6: traffic class.
+    pub tos: u8,
+    /// The flags byte of the TCP header, 0 for others.
+    pub tcp_flags: u8,
+    /// Length of the TCP header in bytes, 8 for others.
+    pub l4_bytes: u8,
+    /// IPv4 header checksum as in the packet.
+    pub ip_check: u16,
+    /// `fragment` below is valid and this is not the first fragment: there is no layer 4 header.
+    pub is_later_fragment: bool,
+    /// Part of a fragmented datagram.
+    pub is_fragment: bool,
+    /// Identification field of a fragment.
+    pub fragment_id: u32,
+    /// The device that the packet came in by.
+    pub ifindex: u32,
+    /// [`crate::conntrack::now`] when it came in.
+    pub now: u32,
+}
+
+impl<A: Net> Packet<A> {
+    #[inline(always)]
+    pub const fn fragment_key(&self) -> FragmentKey<A> {
+        FragmentKey::new(self.tuple.src, self.tuple.dst, self.fragment_id, self.tuple.proto)
+    }
+
+    /// A TCP packet that opens a connection.
+    #[inline(always)]
+    pub const fn is_syn(&self) -> bool {
+        use lb_common::conntrack::tcp;
+        self.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+    }
+
+    #[inline(always)]
+    pub const fn frontend_key(&self) -> FrontendKey<A> {
+        FrontendKey::new(self.tuple.dst, self.tuple.dport, self.tuple.proto)
+    }
+}
+
+/// Ports as the first four bytes of TCP, UDP and SCTP headers have them.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Ports {
+    pub source: Be16,
+    pub dest: Be16,
+}

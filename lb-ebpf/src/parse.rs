@@ -1,0 +1,285 @@
+//! From an skb to a [`Packet`]. Decides, explicitly, what is not ours: see [`Parsed`].
+//!
+//! IPv4 options are honoured by the header length. IPv6 hop-by-hop options, destination options, routing headers that
+//! have no segments left and fragment headers are walked; anything else (an authentication header covers the addresses,
+//! a routing header with segments left has another destination) is not touched.
+
+use bytemuck::{Pod, Zeroable};
+use lb_common::{Be16, V4, V6, proto, tuple::Tuple, verdict::Counter};
+
+use crate::{
+    metrics,
+    net::{Net, Packet, Ports},
+    skb::Skb,
+};
+
+/// EtherTypes (IEEE 802 numbers).
+pub mod ethertype {
+    pub const IPV4: u16 = 0x0800u16.to_be();
+    pub const IPV6: u16 = 0x86ddu16.to_be();
+    pub const VLAN: u16 = 0x8100u16.to_be();
+    pub const VLAN_SERVICE: u16 = 0x88a8u16.to_be();
+}
+
+pub const ETHERNET_BYTES: u32 = 14;
+const VLAN_BYTES: u32 = 4;
+
+/// RFC 791 section 3.1.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Ipv4Header {
+    pub version_ihl: u8,
+    pub tos: u8,
+    pub total_bytes: Be16,
+    pub id: u16,
+    pub fragment: Be16,
+    pub ttl: u8,
+    pub proto: u8,
+    pub check: u16,
+    pub src: V4,
+    pub dst: V4,
+}
+
+impl Ipv4Header {
+    /// Header length in bytes; 0 if the field is out of range.
+    #[inline(always)]
+    pub const fn header_bytes(&self) -> u32 {
+        let words = (self.version_ihl & 0xf) as u32;
+        if self.version_ihl >> 4 != 4 || words < 5 { 0 } else { words * 4 }
+    }
+    #[inline(always)]
+    pub const fn fragment_offset(&self) -> u16 {
+        self.fragment.get() & 0x1fff
+    }
+    #[inline(always)]
+    pub const fn more_fragments(&self) -> bool {
+        self.fragment.get() & 0x2000 != 0
+    }
+}
+
+/// RFC 8200 section 3.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Ipv6Header {
+    pub version_class_flow: u32,
+    pub payload_bytes: Be16,
+    pub next: u8,
+    pub hop_limit: u8,
+    pub src: V6,
+    pub dst: V6,
+}
+
+/// An [`Ipv6Header`] up to its addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Ipv6Start {
+    version_class_flow: u32,
+    payload_bytes: Be16,
+    next: u8,
+    hop_limit: u8,
+}
+
+/// The first 16 bytes of a TCP header (RFC 9293 section 3.1).
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct TcpStart {
+    sport: Be16,
+    dport: Be16,
+    seq: u32,
+    ack: u32,
+    offset: u8,
+    flags: u8,
+    window: u16,
+}
+
+/// The start of UDP and SCTP headers.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct PortsStart {
+    pub sport: Be16,
+    pub dport: Be16,
+    pub rest: u32,
+}
+
+/// What a frame is.
+pub enum Parsed {
+    /// `packet` is filled, with ports.
+    Packet,
+    /// `packet` is filled up to the addresses: an ICMP error, which quotes another packet.
+    IcmpError,
+    /// Neither.
+    Other,
+}
+
+/// Where the IP header of this frame is, and its EtherType. One VLAN tag in the data is skipped; a tag kept beside the
+/// data needs no skipping.
+#[inline(always)]
+pub fn network_header(skb: Skb) -> (u16, u32) {
+    let outer = skb.protocol();
+    if outer != ethertype::VLAN && outer != ethertype::VLAN_SERVICE {
+        return (outer, ETHERNET_BYTES);
+    }
+    match skb.load::<u16>(ETHERNET_BYTES + 2) {
+        Some(inner) => (inner, ETHERNET_BYTES + VLAN_BYTES),
+        None => (0, 0),
+    }
+}
+
+/// Parsing of one family.
+pub trait Parse: Net {
+    /// Fills `p` from the frame whose IP header is at `l3`.
+    fn parse(skb: Skb, l3: u32, p: &mut Packet<Self>) -> Parsed;
+}
+
+impl Parse for V4 {
+    #[inline(always)]
+    fn parse(skb: Skb, l3: u32, p: &mut Packet<Self>) -> Parsed {
+        let Some(ip) = skb.load::<Ipv4Header>(l3) else { return Parsed::Other };
+        let header_bytes = ip.header_bytes();
+        if header_bytes == 0 {
+            return Parsed::Other;
+        }
+        p.tuple = Tuple::new(ip.src, Be16::default(), ip.dst, Be16::default(), ip.proto);
+        p.l3 = l3;
+        p.l4 = l3 + header_bytes;
+        p.ip_bytes = skb.len().wrapping_sub(l3);
+        p.ttl = ip.ttl;
+        p.tos = ip.tos;
+        p.ip_check = ip.check;
+        p.fragment_id = ip.id as u32;
+        p.is_later_fragment = ip.fragment_offset() != 0;
+        p.is_fragment = p.is_later_fragment || ip.more_fragments();
+        if ip.proto == proto::ICMP {
+            return icmp(skb, p, |t| matches!(t, 3 | 4 | 5 | 11 | 12));
+        }
+        transport(skb, p)
+    }
+}
+
+/// IPv6 extension headers (IANA protocol numbers).
+mod extension {
+    pub const HOP_BY_HOP: u8 = 0;
+    pub const ROUTING: u8 = 43;
+    pub const FRAGMENT: u8 = 44;
+    pub const DESTINATION: u8 = 60;
+    #[inline(always)]
+    pub const fn is(next: u8) -> bool {
+        matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION)
+    }
+
+    /// More than these in one packet have no use.
+    pub const MAX: usize = 6;
+}
+
+impl Parse for V6 {
+    #[inline(always)]
+    fn parse(skb: Skb, l3: u32, p: &mut Packet<Self>) -> Parsed {
+        let Some(start) = skb.load::<Ipv6Start>(l3) else { return Parsed::Other };
+        if !skb.load_into(l3 + size_of::<Ipv6Start>() as u32, p.tuple.addresses_mut()) {
+            return Parsed::Other;
+        }
+        p.tuple.proto = start.next;
+        p.tuple._pad = 0;
+        p.tuple._pad2 = 0;
+        p.l3 = l3;
+        p.l4 = l3 + Self::HEADER_BYTES;
+        p.ip_bytes = skb.len().wrapping_sub(l3);
+        p.ttl = start.hop_limit;
+        p.tos = 0;
+        p.ip_check = 0;
+        p.fragment_id = 0;
+        p.is_later_fragment = false;
+        p.is_fragment = false;
+        if extension::is(start.next) && !walk_extensions(skb, p) {
+            return Parsed::Other;
+        }
+        if p.tuple.proto == proto::ICMPV6 {
+            // RFC 4443 section 2.1: error messages have the high bit clear.
+            return icmp(skb, p, |t| t >= 1 && t < 128);
+        }
+        transport(skb, p)
+    }
+}
+
+/// Moves `p` past the extension headers. False if the packet is not ours to touch.
+#[inline(never)]
+fn walk_extensions(skb: Skb, p: &mut Packet<V6>) -> bool {
+    for _ in 0..extension::MAX {
+        let kind = p.tuple.proto;
+        if !extension::is(kind) {
+            return true;
+        }
+        let Some(h) = skb.load::<[u8; 8]>(p.l4) else { return false };
+        p.tuple.proto = h[0];
+        if kind == extension::FRAGMENT {
+            let offset_flags = u16::from_be_bytes([h[2], h[3]]);
+            p.is_later_fragment = offset_flags & 0xfff8 != 0;
+            // An atomic fragment (RFC 6946) is a whole packet.
+            p.is_fragment = offset_flags & 0xfff9 != 0;
+            p.fragment_id = u32::from_ne_bytes([h[4], h[5], h[6], h[7]]);
+            p.l4 += 8;
+            if p.is_later_fragment {
+                return true;
+            }
+        } else {
+            if kind == extension::ROUTING && h[3] != 0 {
+                break;
+            }
+            p.l4 += (h[1] as u32 + 1) * 8;
+        }
+    }
+    metrics::count(Counter::PassExtensionHeader);
+    false
+}
+
+#[inline(always)]
+fn icmp<A: Net>(skb: Skb, p: &Packet<A>, is_error: impl Fn(u8) -> bool) -> Parsed {
+    if p.is_fragment {
+        return Parsed::Other;
+    }
+    match skb.load::<u8>(p.l4) {
+        Some(kind) if is_error(kind) => Parsed::IcmpError,
+        _ => Parsed::Other,
+    }
+}
+
+/// Fills the ports. A later fragment has them from its first one, which the data path notes when it translates it.
+#[inline(always)]
+fn transport<A: Net>(skb: Skb, p: &mut Packet<A>) -> Parsed {
+    p.tcp_flags = 0;
+    p.l4_bytes = 8;
+    if p.is_later_fragment {
+        if p.tuple.proto != proto::UDP && p.tuple.proto != proto::TCP {
+            return Parsed::Other;
+        }
+        let Some(ports) = A::fragment(&p.fragment_key()) else {
+            metrics::count(Counter::PassFragmentUnknown);
+            return Parsed::Other;
+        };
+        p.tuple.sport = ports.sport;
+        p.tuple.dport = ports.dport;
+        return Parsed::Packet;
+    }
+    match p.tuple.proto {
+        proto::TCP => {
+            let Some(tcp) = skb.load::<TcpStart>(p.l4) else { return Parsed::Other };
+            p.tuple.sport = tcp.sport;
+            p.tuple.dport = tcp.dport;
+            p.tcp_flags = tcp.flags;
+            p.l4_bytes = (tcp.offset >> 4) << 2;
+        }
+        proto::UDP => {
+            let Some(udp) = skb.load::<PortsStart>(p.l4) else { return Parsed::Other };
+            p.tuple.sport = udp.sport;
+            p.tuple.dport = udp.dport;
+        }
+        _ => return Parsed::Other,
+    }
+    Parsed::Packet
+}
+
+/// Both ports of `t`, as a header starts with them.
+#[inline(always)]
+pub const fn ports<A: Net>(t: &Tuple<A>) -> Ports {
+    Ports { source: t.sport, dest: t.dport }
+}

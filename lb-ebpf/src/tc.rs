@@ -1,0 +1,225 @@
+//! The classifiers, on every device of the data path: `ingress` translates packets that come in, `egress` the answers
+//! that leave.
+
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
+use lb_common::{
+    V4, V6,
+    conntrack::{Flow, flags},
+    tuple::FragmentPorts,
+    verdict::Counter,
+};
+
+use crate::{
+    conntrack,
+    forward::{self, Fib},
+    icmp,
+    lookup::{self, Found},
+    metrics,
+    net::{Packet, Scratch},
+    parse::{ETHERNET_BYTES, Parse, Parsed, ethertype, network_header},
+    rewrite::{Header, rewrite},
+    service::Refusal,
+    skb::Skb,
+};
+
+/// TCX_NEXT, which is also TC_ACT_UNSPEC: on to the next program on the hook, whoever owns it, then to the stack.
+pub const NEXT: i32 = -1;
+const SHOT: i32 = 2;
+/// Not a code of the kernel: `transit` asks for an ICMP error. It does not send that itself, for the stack's sake.
+pub const ANSWER: i32 = i32::MIN;
+
+/// What a step did: the code to return, or why the packet is dropped.
+pub type Outcome = Result<i32, Counter>;
+
+/// All that the classifiers need of a family.
+pub trait Family: Parse + Header + icmp::Build {}
+impl Family for V4 {}
+impl Family for V6 {}
+
+#[inline(always)]
+pub fn ingress(skb: Skb) -> i32 {
+    match network_header(skb) {
+        (ethertype::IPV4, l3) => ingress4(skb, l3),
+        (ethertype::IPV6, l3) => ingress6(skb, l3),
+        _ => NEXT,
+    }
+}
+
+#[inline(always)]
+pub fn egress(skb: Skb) -> i32 {
+    match network_header(skb) {
+        (ethertype::IPV4, l3) => egress4(skb, l3),
+        (ethertype::IPV6, l3) => egress6(skb, l3),
+        _ => NEXT,
+    }
+}
+
+// One function per family and direction: each gets a stack frame of its own (the limit is 512 bytes).
+
+#[inline(never)]
+fn ingress4(skb: Skb, l3: u32) -> i32 {
+    action(on_ingress::<V4>(skb, l3))
+}
+#[inline(never)]
+fn ingress6(skb: Skb, l3: u32) -> i32 {
+    action(on_ingress::<V6>(skb, l3))
+}
+#[inline(never)]
+fn egress4(skb: Skb, l3: u32) -> i32 {
+    action(on_egress::<V4>(skb, l3))
+}
+#[inline(never)]
+fn egress6(skb: Skb, l3: u32) -> i32 {
+    action(on_egress::<V6>(skb, l3))
+}
+
+#[inline(always)]
+pub fn action(outcome: Outcome) -> i32 {
+    match outcome {
+        Ok(code) => code,
+        Err(reason) => {
+            metrics::count(reason);
+            SHOT
+        }
+    }
+}
+
+#[inline(always)]
+fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
+    let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
+    match parse(skb, l3, p) {
+        Parsed::Packet => {}
+        Parsed::IcmpError => return Ok(icmp::translate(skb, p, 0)),
+        Parsed::Other => return Ok(NEXT),
+    }
+    match lookup::ingress(skb.ctx(), p) {
+        Found::Nothing => Ok(NEXT),
+        // SAFETY: see `Found::Flow`.
+        Found::Flow(flow) => send_on(skb, p, unsafe { &*flow }),
+        Found::Refused(Refusal::Drop(reason)) => Err(reason),
+        Found::Refused(Refusal::Reject) => {
+            metrics::count(Counter::RejectNoEndpoints);
+            Ok(icmp::answer(skb, p, icmp::Error::PORT_UNREACHABLE))
+        }
+    }
+}
+
+#[inline(always)]
+fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
+    let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
+    match parse(skb, l3, p) {
+        Parsed::Packet => {}
+        Parsed::IcmpError => return Ok(icmp::translate(skb, p, flags::AT_EGRESS)),
+        Parsed::Other => return Ok(NEXT),
+    }
+    match lookup::egress(p) {
+        // SAFETY: see `Found::Flow`.
+        Some(flow) => translate(skb, p, unsafe { &*flow }, p.ttl),
+        None => Ok(NEXT),
+    }
+}
+
+#[inline(always)]
+fn parse<A: Family>(skb: Skb, l3: u32, p: &mut Packet<A>) -> Parsed {
+    p.ifindex = skb.ifindex();
+    p.now = conntrack::now();
+    A::parse(skb, l3, p)
+}
+
+/// Translates a packet that came in and sends it where its flow goes.
+#[inline(always)]
+fn send_on<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
+    if flow.flags & flags::TRANSIT != 0 {
+        return match (transit(skb, p, flow), A::scratch()) {
+            (ANSWER, Some(Scratch { error, .. })) => Ok(icmp::answer(skb, p, *error)),
+            (code, _) => Ok(code),
+        };
+    }
+    translate(skb, p, flow, p.ttl)?;
+    if flow.flags & flags::HAIRPIN != 0 { back_out(skb) } else { Ok(NEXT) }
+}
+
+#[inline(always)]
+fn translate<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, ttl: u8) -> Outcome {
+    let new = flow.rewritten(p.tuple.proto);
+    rewrite(skb, p, &new, ttl).map_err(|_| Counter::DropRewriteFailed)?;
+    if p.is_fragment && !p.is_later_fragment {
+        A::put_fragment(&p.fragment_key(), &FragmentPorts { sport: p.tuple.sport, dport: p.tuple.dport });
+    }
+    metrics::count_service(flow.service, skb.packets(), p.ip_bytes, false);
+    Ok(NEXT)
+}
+
+/// Out by the device that it came in by, to whoever sent it.
+#[inline(always)]
+pub fn back_out(skb: Skb) -> Outcome {
+    let Some(macs) = skb.load::<[[u8; 6]; 2]>(0) else { return Err(Counter::DropRewriteFailed) };
+    skb.store(0, &[macs[1], macs[0]]).map_err(|_| Counter::DropRewriteFailed)?;
+    // SAFETY: plain integers.
+    Ok(unsafe { bpf_redirect(skb.ifindex(), 0) } as i32)
+}
+
+/// To another node, or back from there to the client, past the stack. Not inlined: see `lookup::open`.
+#[inline(never)]
+fn transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> i32 {
+    action(on_transit(skb, p, flow))
+}
+
+#[inline(always)]
+fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
+    if skb.has_vlan() || p.l3 != ETHERNET_BYTES {
+        // The frame belongs to the VLAN device on top, where it comes by again without its tag.
+        return Ok(NEXT);
+    }
+    let Some(Scratch { fib, error, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
+    if p.ttl <= 1 {
+        metrics::count(Counter::DropTtlExceeded);
+        *error = icmp::Error::TIME_EXCEEDED;
+        return Ok(ANSWER);
+    }
+    let wire_bytes = match skb.gso_size() {
+        0 => p.ip_bytes,
+        payload => (p.l4 - p.l3) + p.l4_bytes as u32 + payload,
+    };
+    let code = forward::route(skb.ctx(), p, &flow.src, &flow.dst, wire_bytes as u16, fib);
+    match code {
+        forward::result::SUCCESS | forward::result::NO_NEIGH => {}
+        forward::result::FRAG_NEEDED => {
+            metrics::count(Counter::DropTooBig);
+            *error = icmp::Error::too_big(fib.tot_len);
+            return Ok(ANSWER);
+        }
+        _ => return Err(Counter::DropNoRoute),
+    }
+    translate(skb, p, flow, p.ttl - 1)?;
+    leave(skb, code, fib)
+}
+
+/// Out by the device that the routing table named. Without a neighbour entry the kernel makes one.
+#[inline(always)]
+fn leave(skb: Skb, code: i64, fib: &Fib) -> Outcome {
+    let redirected = if code == forward::result::SUCCESS {
+        skb.store(0, &[fib.dmac, fib.smac]).map_err(|_| Counter::DropRewriteFailed)?;
+        // SAFETY: plain integers.
+        unsafe { bpf_redirect(fib.ifindex, 0) }
+    } else {
+        // SAFETY: no parameters: the kernel takes the next hop from the routing table.
+        unsafe { bpf_redirect_neigh(fib.ifindex, core::ptr::null_mut(), 0, 0) }
+    };
+    Ok(redirected as i32)
+}
+
+/// Sends a translated ICMP error where the flow it is about goes.
+#[inline(always)]
+pub fn send_error<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, src: &A, fib: &mut Fib) -> Outcome {
+    if flow.flags & flags::HAIRPIN != 0 {
+        return back_out(skb);
+    }
+    if flow.flags & flags::TRANSIT == 0 {
+        return Ok(NEXT);
+    }
+    match forward::route(skb.ctx(), p, src, &flow.dst, 0, fib) {
+        code @ (forward::result::SUCCESS | forward::result::NO_NEIGH) => leave(skb, code, fib),
+        _ => Err(Counter::DropNoRoute),
+    }
+}

@@ -1,0 +1,254 @@
+//! The driver path, for frames from a wire: the plain cases of what `tc` does, decided by the same code. Whatever is not
+//! plain (options, fragments, extension headers, VLAN tags, refusals, hairpins, a missing neighbour, a packet too big)
+//! goes on untouched and meets the classifier.
+//!
+//! Never for frames of a local stack: their checksum may be left to the device, which XDP cannot see.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{bindings::xdp_action, helpers::generated::bpf_redirect, programs::XdpContext};
+use lb_common::{
+    Be16, V4, V6,
+    checksum::{self, Sum},
+    conntrack::{Flow, flags, tcp},
+    proto,
+    tuple::Tuple,
+    verdict::Counter,
+};
+
+use crate::{
+    conntrack, forward,
+    lookup::{self, Found},
+    metrics,
+    net::{Net, Packet, Scratch},
+    parse::{ETHERNET_BYTES, Ipv4Header, ethertype},
+};
+
+/// A frame between its two pointers. Nothing in XDP moves the data while this program runs.
+#[derive(Clone, Copy)]
+struct Frame {
+    data: usize,
+    end: usize,
+    ctx: *mut c_void,
+}
+
+/// Offset of the IP header: frames with a VLAN tag are left alone.
+const L3: usize = ETHERNET_BYTES as usize;
+
+/// Something in a frame: an Ethernet header has 14 bytes, so what follows is at even addresses only. Tells the compiler
+/// to load halfwords instead of bytes.
+#[repr(C, packed(2))]
+struct Even<T>(T);
+
+impl Frame {
+    /// A pointer to a `T` at `offset`, if the frame is that long.
+    #[inline(always)]
+    fn at<T>(self, offset: usize) -> Option<*mut Even<T>> {
+        let start = self.data + offset;
+        if start + size_of::<T>() > self.end { None } else { Some(start as *mut Even<T>) }
+    }
+
+    #[inline(always)]
+    fn read<T: Copy>(self, offset: usize) -> Option<T> {
+        match self.at::<T>(offset) {
+            // SAFETY: inside the frame, by the check in `at`.
+            Some(p) => Some(unsafe { (*p).0 }),
+            None => None,
+        }
+    }
+
+    /// False if the frame is too short.
+    #[inline(always)]
+    fn read_into<T: Copy>(self, offset: usize, to: &mut T) -> bool {
+        let Some(p) = self.at::<T>(offset) else { return false };
+        // SAFETY: as above.
+        *to = unsafe { (*p).0 };
+        true
+    }
+
+    #[inline(always)]
+    fn write<T: Copy>(self, offset: usize, value: T) -> Option<()> {
+        let p = self.at::<T>(offset)?;
+        // SAFETY: as above.
+        unsafe { (*p).0 = value };
+        Some(())
+    }
+}
+
+/// What XDP does with each family.
+trait Wire: Net {
+    /// Offset of the layer 4 header: no options, no extension headers.
+    const L4: usize = L3 + Self::HEADER_BYTES as usize;
+    /// Fills `p` up to the ports. False if the packet is not plain.
+    fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool;
+    /// Writes addresses and TTL.
+    fn write_header(frame: Frame, p: &Packet<Self>, flow: &Flow<Self>, ttl: u8, addresses: Sum)
+    -> Option<()>;
+}
+
+impl Wire for V4 {
+    #[inline(always)]
+    fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool {
+        let Some(ip) = frame.read::<Ipv4Header>(L3) else { return false };
+        // 0x3fff: more fragments, or a fragment offset.
+        if ip.version_ihl != 0x45 || ip.fragment.get() & 0x3fff != 0 {
+            return false;
+        }
+        p.tuple = Tuple::new(ip.src, Be16::default(), ip.dst, Be16::default(), ip.proto);
+        p.ip_bytes = ip.total_bytes.get() as u32;
+        p.ttl = ip.ttl;
+        p.tos = ip.tos;
+        p.ip_check = ip.check;
+        true
+    }
+
+    #[inline(always)]
+    fn write_header(
+        frame: Frame,
+        p: &Packet<Self>,
+        flow: &Flow<Self>,
+        ttl: u8,
+        addresses: Sum,
+    ) -> Option<()> {
+        let delta = addresses
+            .sub16(u16::from_ne_bytes([p.ttl, p.tuple.proto]))
+            .add16(u16::from_ne_bytes([ttl, p.tuple.proto]));
+        frame.write(L3 + 8, ttl)?;
+        frame.write(L3 + 10, checksum::update(p.ip_check, delta))?;
+        frame.write(L3 + 12, flow.src)?;
+        frame.write(L3 + 16, flow.dst)
+    }
+}
+
+impl Wire for V6 {
+    #[inline(always)]
+    fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool {
+        if !frame.read_into(L3 + 8, p.tuple.addresses_mut()) {
+            return false;
+        }
+        let Some(payload_bytes) = frame.read::<Be16>(L3 + 4) else { return false };
+        let Some([next, hop_limit]) = frame.read::<[u8; 2]>(L3 + 6) else { return false };
+        p.tuple.proto = next;
+        p.tuple._pad = 0;
+        p.tuple._pad2 = 0;
+        p.ip_bytes = payload_bytes.get() as u32 + Self::HEADER_BYTES;
+        p.ttl = hop_limit;
+        p.tos = 0;
+        true
+    }
+
+    #[inline(always)]
+    fn write_header(
+        frame: Frame,
+        _p: &Packet<Self>,
+        flow: &Flow<Self>,
+        ttl: u8,
+        _addresses: Sum,
+    ) -> Option<()> {
+        frame.write(L3 + 7, ttl)?;
+        frame.write(L3 + 8, flow.src)?;
+        frame.write(L3 + 24, flow.dst)
+    }
+}
+
+#[inline(always)]
+pub fn run(ctx: &XdpContext) -> u32 {
+    let frame = Frame { data: ctx.data(), end: ctx.data_end(), ctx: ctx.ctx.cast() };
+    // SAFETY: the context of the running program.
+    let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
+    match frame.read::<u16>(L3 - 2) {
+        Some(ethertype::IPV4) => on_frame::<V4>(frame, ifindex),
+        Some(ethertype::IPV6) => on_frame::<V6>(frame, ifindex),
+        _ => xdp_action::XDP_PASS,
+    }
+}
+
+#[inline(always)]
+fn on_frame<A: Wire>(frame: Frame, ifindex: u32) -> u32 {
+    let Some(Scratch { packet: p, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
+    p.ifindex = ifindex;
+    if !parse(frame, p) {
+        return xdp_action::XDP_PASS;
+    }
+    p.now = conntrack::now();
+    match lookup::ingress(frame.ctx, p) {
+        // SAFETY: see `Found::Flow`.
+        Found::Flow(flow) => send_on(frame, p, unsafe { &*flow }).unwrap_or(xdp_action::XDP_PASS),
+        Found::Nothing => xdp_action::XDP_PASS,
+        // The classifier refuses it the same way, and can tell the sender.
+        Found::Refused(_) => left_to_tc(),
+    }
+}
+
+#[inline(always)]
+fn left_to_tc() -> u32 {
+    metrics::count(Counter::XdpLeftToTc);
+    xdp_action::XDP_PASS
+}
+
+#[inline(always)]
+fn parse<A: Wire>(frame: Frame, p: &mut Packet<A>) -> bool {
+    if !A::read_header(frame, p) {
+        return false;
+    }
+    let Some([sport, dport]) = frame.read::<[Be16; 2]>(A::L4) else { return false };
+    p.tuple.sport = sport;
+    p.tuple.dport = dport;
+    p.tcp_flags = 0;
+    match p.tuple.proto {
+        proto::UDP => true,
+        proto::TCP => match frame.read::<u8>(A::L4 + 13) {
+            Some(seen) => {
+                p.tcp_flags = seen & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST);
+                true
+            }
+            None => false,
+        },
+        _ => false,
+    }
+}
+
+#[inline(always)]
+fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> {
+    if flow.flags & flags::HAIRPIN != 0 {
+        return Some(left_to_tc());
+    }
+    if flow.flags & flags::TRANSIT == 0 {
+        translate(frame, p, flow, p.ttl)?;
+        return Some(xdp_action::XDP_PASS);
+    }
+    if p.ttl <= 1 {
+        return Some(left_to_tc());
+    }
+    let Scratch { fib, .. } = A::scratch()?;
+    let code = forward::route(frame.ctx, p, &flow.src, &flow.dst, p.ip_bytes as u16, fib);
+    if code != forward::result::SUCCESS {
+        return Some(left_to_tc());
+    }
+    translate(frame, p, flow, p.ttl - 1)?;
+    frame.write(0, [fib.dmac, fib.smac])?;
+    if fib.ifindex == p.ifindex {
+        return Some(xdp_action::XDP_TX);
+    }
+    // SAFETY: plain integers.
+    Some(unsafe { bpf_redirect(fib.ifindex, 0) } as u32)
+}
+
+/// Writes the flow's translation. All headers were read before, so nothing here can fail halfway.
+#[inline(always)]
+fn translate<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>, ttl: u8) -> Option<()> {
+    let old = &p.tuple;
+    let addresses = Sum::new().replace_addr(&old.src, &flow.src).replace_addr(&old.dst, &flow.dst);
+    let change = addresses.replace_port(old.sport, flow.sport).replace_port(old.dport, flow.dport);
+    if old.proto == proto::UDP {
+        let at = A::L4 + 6;
+        frame.write(at, checksum::update_udp(frame.read(at)?, change))?;
+    } else {
+        let at = A::L4 + 16;
+        frame.write(at, checksum::update(frame.read(at)?, change))?;
+    }
+    frame.write(A::L4, [flow.sport, flow.dport])?;
+    A::write_header(frame, p, flow, ttl, addresses)?;
+    metrics::count_service(flow.service, 1, p.ip_bytes, true);
+    Some(())
+}
