@@ -67,7 +67,7 @@ impl Agent {
             Some(status) => Err(anyhow!("the agent on {} ended: {status}", self.place.name)),
             None => waited,
         };
-        result.with_context(|| format!("its log ends:\n{}", self.log_tail()))
+        result.map_err(|e| anyhow!("{e:#}; its log:\n{}", self.log_tail()))
     }
 
     /// Status and body of a GET to the health server.
