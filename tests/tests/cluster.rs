@@ -1,12 +1,18 @@
 //! The test bed itself: everything reaches everything before any agent runs, and nothing is left behind.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use anyhow::ensure;
 use lb_tests::{
     cluster::{Cluster, Layout, Options, POD_PORT},
     place::{Family, Place, cgroup_mount},
     traffic::{Call, Proto},
+    wait_for,
 };
 
 /// Every pod, from every side: its answer, and the client's own address as it saw it.
@@ -83,4 +89,15 @@ fn nothing_is_left_behind_when_the_maker_drops_it() {
     assert!(!traces(&prefix).is_empty());
     drop(cluster);
     assert_eq!(traces(prefix.trim_end_matches('-')), Vec::<String>::new());
+}
+
+/// An interrupt, a crash, a kill: the janitor notices the end of its input.
+#[test]
+fn nothing_is_left_behind_when_the_maker_is_killed() {
+    let mut maker = Command::new(env!("CARGO_BIN_EXE_demo")).stdout(Stdio::null()).spawn().unwrap();
+    let prefix = format!("lbe{}-", maker.id());
+    wait_for("the demo's namespaces", Duration::from_secs(10), || !traces(&prefix).is_empty()).unwrap();
+    maker.kill().unwrap();
+    maker.wait().unwrap();
+    wait_for("them to be gone", Duration::from_secs(20), || traces(&prefix).is_empty()).unwrap();
 }
