@@ -7,9 +7,12 @@ pub mod strip;
 
 use std::{fmt, sync::Arc};
 
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use tokio::sync::mpsc;
 
@@ -32,7 +35,7 @@ pub struct ObjectRef {
 }
 
 /// An object as the API describes it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
@@ -40,7 +43,7 @@ pub enum Object {
 }
 
 /// What a source tells.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The object is new or has changed.
     Apply(Object),
@@ -51,18 +54,48 @@ pub enum Event {
 }
 
 impl Object {
+    pub const fn kind(&self) -> Kind {
+        match self {
+            Self::Service(_) => Kind::Service,
+            Self::EndpointSlice(_) => Kind::EndpointSlice,
+            Self::Node(_) => Kind::Node,
+        }
+    }
+
+    pub const fn metadata(&self) -> &ObjectMeta {
+        match self {
+            Self::Service(o) => &o.metadata,
+            Self::EndpointSlice(o) => &o.metadata,
+            Self::Node(o) => &o.metadata,
+        }
+    }
+
     /// What the object is called.
     pub fn reference(&self) -> ObjectRef {
-        let (kind, meta) = match self {
-            Self::Service(o) => (Kind::Service, &o.metadata),
-            Self::EndpointSlice(o) => (Kind::EndpointSlice, &o.metadata),
-            Self::Node(o) => (Kind::Node, &o.metadata),
-        };
+        let meta = self.metadata();
         ObjectRef {
-            kind,
+            kind: self.kind(),
             namespace: meta.namespace.clone().unwrap_or_default(),
             name: meta.name.clone().unwrap_or_default(),
         }
+    }
+}
+
+impl From<Service> for Object {
+    fn from(object: Service) -> Self {
+        Self::Service(Box::new(object))
+    }
+}
+
+impl From<EndpointSlice> for Object {
+    fn from(object: EndpointSlice) -> Self {
+        Self::EndpointSlice(Box::new(object))
+    }
+}
+
+impl From<Node> for Object {
+    fn from(object: Node) -> Self {
+        Self::Node(Box::new(object))
     }
 }
 
