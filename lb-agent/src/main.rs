@@ -28,7 +28,7 @@ fn main() -> ExitCode {
                 }
             }
         }
-        Command::Cleanup(args) => tool(|| Ok(lb_agent::cleanup::cleanup(&args.state_dir)?)),
+        Command::Cleanup(args) => tool(|| cleanup(&args.state_dir)),
         Command::Services(args) => print(args, inspect::services),
         Command::Backends(args) => print(args, inspect::backends),
         Command::Flows(args) => print(args, inspect::flows),
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", lb_agent::chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -49,6 +49,18 @@ fn run(config: config::Config) -> anyhow::Result<()> {
         .build()
         .context("cannot start the threads of the agent")?;
     Ok(runtime.block_on(lb_agent::run::run(config.settings))?)
+}
+
+/// Says what was removed, one line each.
+fn cleanup(state_dir: &std::path::Path) -> anyhow::Result<()> {
+    let removed = lb_agent::datapath::cleanup(state_dir)?;
+    if removed.is_empty() {
+        println!("nothing to remove in {}", state_dir.display());
+    }
+    for what in removed {
+        println!("removed {what}");
+    }
+    Ok(())
 }
 
 /// One of the commands that print maps.

@@ -18,12 +18,15 @@ use lb_common::{
     maps::name,
 };
 
+use crate::plan::Capacities;
+
 mod actual;
 mod apply;
 mod clock;
 mod devices;
 mod flows;
 mod mmap;
+mod scrape;
 mod stats;
 mod sys;
 mod table;
@@ -34,6 +37,7 @@ pub use devices::Devices;
 pub use flows::{FlowTable, FlowTables};
 pub(crate) use flows::{read_error, reply_answered};
 pub use mmap::MmapArray;
+pub use scrape::Scrape;
 pub use stats::{Counters, ServiceCounters};
 pub use table::{Table, Walk, Written};
 
@@ -151,6 +155,17 @@ impl Maps {
             names: Table::open(dir, name::SERVICE_NAMES, hash)?,
             stats: ServiceCounters::open(dir)?,
         })
+    }
+
+    /// How much fits. Maps keep the size that they were made with, whatever the settings say now.
+    pub fn capacities(&self) -> Capacities {
+        Capacities {
+            frontends: self.frontends4.capacity().min(self.frontends6.capacity()),
+            services: self.services.capacity().min(self.names.capacity()),
+            slots: self.slots.capacity(),
+            backends: self.backends4.capacity().min(self.backends6.capacity()),
+            members: self.members.capacity(),
+        }
     }
 
     /// Writes hash maps entry by entry from now on, as on a kernel without batches.

@@ -94,7 +94,12 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
 
     /// Runs until the source ends. Nothing is programmed before the source has sent everything it knew at start.
     pub async fn run(mut self) -> Result<(), Error> {
-        while !self.take_event().await? {}
+        loop {
+            let event = self.wiring.events.recv().await.ok_or(Error::SourceEnded)?;
+            if self.take(event)? {
+                break;
+            }
+        }
         // NodePorts need the node's addresses, which the device watcher tells once it has looked.
         let known = self.wiring.addresses.wait_for(|a| !a.is_empty());
         if timeout(ADDRESSES, known).await.is_err() {
@@ -111,8 +116,8 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         loop {
             let retry_at = self.retry.at;
             tokio::select! {
-                done = self.take_event() => {
-                    done?;
+                event = self.wiring.events.recv() => {
+                    self.take(event.ok_or(Error::SourceEnded)?)?;
                     self.drain().await?;
                     self.sync_unless_waiting().await?;
                 }
@@ -137,11 +142,6 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
     }
 
     /// Takes in one event; true for the one that says that everything known at start has been sent.
-    async fn take_event(&mut self) -> Result<bool, Error> {
-        let event = self.wiring.events.recv().await.ok_or(Error::SourceEnded)?;
-        self.take(event)
-    }
-
     fn take(&mut self, event: Event) -> Result<bool, Error> {
         self.note_node(&event);
         let core = self.core()?;
@@ -162,7 +162,9 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
             Event::Apply(Object::Node(node)) if node.metadata.name.as_deref() == Some(&self.node_name) => {
                 self.wiring.status.node_applied(node);
             }
-            Event::Delete(ObjectRef { kind: crate::source::Kind::Node, name, .. }) if *name == self.node_name => {
+            Event::Delete(ObjectRef { kind: crate::source::Kind::Node, name, .. })
+                if *name == self.node_name =>
+            {
                 self.wiring.status.node_deleted();
             }
             _ => {}

@@ -4,6 +4,7 @@
 //! [`Schedule`] says when to look, [`Sweeper`] does it.
 
 mod judge;
+mod retired;
 mod schedule;
 
 use std::{
@@ -24,9 +25,14 @@ use lb_common::{
     tuple::Tuple,
     verdict::Counter,
 };
+use retired::{Serving, purge};
 pub use schedule::{Depth, Schedule};
+use tokio::sync::mpsc;
 
-use crate::maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, read_error};
+use crate::{
+    maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, read_error},
+    plan::{Retired, op::Family},
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum SweepError {
@@ -91,16 +97,28 @@ impl Sweeper {
         Ok([v4, v6])
     }
 
-    /// Sweeps for ever, as often as the tables need it.
-    pub async fn run(self) {
+    /// Deletes the UDP flows of these records to backends that no longer serve; how many there were. Blocks.
+    pub fn purge(&self, retired: &[Retired]) -> Result<u64, SweepError> {
+        let v4 = purge(&self.flows.v4, &Serving::of(Family::V4, retired))?;
+        Ok(v4 + purge(&self.flows.v6, &Serving::of(Family::V6, retired))?)
+    }
+
+    /// Sweeps for ever, as often as the tables need it, and as soon as backends are `retired`.
+    pub async fn run(self, mut retired: mpsc::UnboundedReceiver<Vec<Retired>>) {
         let mut schedule = Schedule::new(self.flows.v4.capacity().min(self.flows.v6.capacity()));
-        let mut sweeper = Arc::new(self);
+        let sweeper = Arc::new(self);
         let mut failing = false;
         let mut tick = tokio::time::interval(Schedule::TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut records = Vec::new();
         loop {
-            tick.tick().await;
-            match Self::turn(&mut sweeper, &mut schedule).await {
+            let result = tokio::select! {
+                _ = tick.tick() => Self::turn(&sweeper, &mut schedule).await,
+                1.. = retired.recv_many(&mut records, usize::MAX) => {
+                    Self::retire(&sweeper, std::mem::take(&mut records).concat()).await
+                }
+            };
+            match result {
                 Ok(()) => failing = false,
                 // Once per change: the next tick tries again.
                 Err(e) if !failing => {
@@ -112,7 +130,19 @@ impl Sweeper {
         }
     }
 
-    async fn turn(sweeper: &mut Arc<Self>, schedule: &mut Schedule) -> Result<(), SweepError> {
+    async fn retire(sweeper: &Arc<Self>, retired: Vec<Retired>) -> Result<(), SweepError> {
+        let worker = sweeper.clone();
+        let records = retired.len();
+        let begun = Instant::now();
+        let purge = tokio::task::spawn_blocking(move || worker.purge(&retired));
+        let flows = purge.await.map_err(SweepError::Cancelled)??;
+        tracing::debug!(records, flows, "flows to retired UDP backends deleted");
+        // Changes that come meanwhile share the next walk; walks of large tables leave room for other work.
+        tokio::time::sleep(begun.elapsed() * 2).await;
+        Ok(())
+    }
+
+    async fn turn(sweeper: &Arc<Self>, schedule: &mut Schedule) -> Result<(), SweepError> {
         let created = sweeper.counters.sum(Counter::FlowCreated)?;
         let Some(due) = schedule.due(Instant::now(), created) else { return Ok(()) };
         let worker = sweeper.clone();

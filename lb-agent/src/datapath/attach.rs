@@ -78,7 +78,7 @@ impl Attacher {
         }
         for (pin, name, _, hook) in hooks {
             clsact::set_filter(link.ifindex, hook, programs.fd(name)?, name).map_err(fail(name))?;
-            remove_pin(&pin_path(links, pin, link.ifindex)).map_err(fail(name))?;
+            bpf::remove_link(&pin_path(links, pin, link.ifindex)).map_err(fail(name))?;
         }
         Ok(Tc::Clsact)
     }
@@ -97,12 +97,12 @@ impl Attacher {
             Xdp::Native => (XDP_NATIVE, XDP_GENERIC, XdpMode::Native),
             Xdp::Generic => (XDP_GENERIC, XDP_NATIVE, XdpMode::Generic),
             Xdp::None => {
-                remove_pin(&pin_path(links, XDP_NATIVE, link.ifindex)).map_err(fail)?;
-                remove_pin(&pin_path(links, XDP_GENERIC, link.ifindex)).map_err(fail)?;
+                bpf::remove_link(&pin_path(links, XDP_NATIVE, link.ifindex)).map_err(fail)?;
+                bpf::remove_link(&pin_path(links, XDP_GENERIC, link.ifindex)).map_err(fail)?;
                 return Ok((Xdp::None, None));
             }
         };
-        remove_pin(&pin_path(links, drop, link.ifindex)).map_err(fail)?;
+        bpf::remove_link(&pin_path(links, drop, link.ifindex)).map_err(fail)?;
         match xdp(link, programs.fd(program::XDP)?, mode, &pin_path(links, keep, link.ifindex)) {
             Ok(()) => Ok((wanted, None)),
             Err(e) => {
@@ -138,7 +138,7 @@ fn tcx(ifindex: u32, program: BorrowedFd<'_>, attach_type: AttachType, pin: &Pat
         if is_here {
             return take_over(&link, program);
         }
-        fs::remove_file(pin)?;
+        bpf::remove_link(pin)?;
     }
     let link = bpf::link_create(program, LinkTarget::Tcx(ifindex), attach_type)?;
     bpf::pin(link.as_fd(), pin)
@@ -149,7 +149,7 @@ fn xdp(facts: &LinkFacts, program: BorrowedFd<'_>, mode: XdpMode, pin: &Path) ->
         if link.info.ifindex() == facts.ifindex && facts.xdp_program == Some(link.info.program_id) {
             return take_over(&link, program);
         }
-        fs::remove_file(pin)?;
+        bpf::remove_link(pin)?;
     }
     let link = bpf::link_create(program, LinkTarget::Xdp(facts.ifindex, mode), AttachType::Xdp)?;
     bpf::pin(link.as_fd(), pin)
@@ -166,15 +166,6 @@ fn note(path: &Path) -> io::Result<()> {
     match fs::create_dir(path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         other => other,
-    }
-}
-
-/// True if there was a pin.
-fn remove_pin(path: &Path) -> io::Result<bool> {
-    match fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(e),
     }
 }
 
@@ -204,7 +195,7 @@ fn release_clsact(ifindex: u32, links: &Path) -> io::Result<bool> {
 pub fn release(ifindex: u32, links: &Path) -> io::Result<Vec<String>> {
     let mut done = Vec::new();
     for hook in [XDP_NATIVE, XDP_GENERIC, TC_INGRESS, TC_EGRESS] {
-        if remove_pin(&pin_path(links, hook, ifindex))? {
+        if bpf::remove_link(&pin_path(links, hook, ifindex))? {
             done.push(format!("{hook} of device {ifindex}"));
         }
     }

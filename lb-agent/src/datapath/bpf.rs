@@ -21,6 +21,7 @@ const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// Flag of BPF_MAP_UPDATE_ELEM: only where the key is new.
 pub const BPF_NOEXIST: u64 = 1;
@@ -355,6 +356,25 @@ pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::
         flags,
     };
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Takes the program off now. Dropping the last reference does so as well, but only after some RCU grace periods.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut link_fd = raw(link);
+    bpf(BPF_LINK_DETACH, &mut link_fd).map(drop)
+}
+
+/// Detaches a pinned link and removes the pin; true if there was one.
+pub fn remove_link(pin: &Path) -> io::Result<bool> {
+    let Some(link) = PinnedLink::open(pin)? else { return Ok(false) };
+    match link_detach(link.fd.as_fd()) {
+        // Already detached, for want of the device or cgroup.
+        Ok(()) => {}
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOLINK | libc::ENODEV | libc::EINVAL)) => {}
+        Err(e) => return Err(e),
+    }
+    std::fs::remove_file(pin)?;
+    Ok(true)
 }
 
 /// A link that is kept by a pin.

@@ -55,7 +55,7 @@ pub fn attach(root: Option<&Path>, programs: &Programs, state: &StateDir) -> Res
                 continue;
             }
             info!(program = name, cgroup = %root.display(), "socket hook moves to another cgroup");
-            fs::remove_file(&path).map_err(fail)?;
+            bpf::remove_link(&path).map_err(fail)?;
         }
         let target = LinkTarget::Cgroup(directory.as_fd());
         let link = bpf::link_create(program, target, attach_type).map_err(fail)?;
@@ -68,9 +68,7 @@ pub fn attach(root: Option<&Path>, programs: &Programs, state: &StateDir) -> Res
 pub fn detach(state: &StateDir) -> Result<(), Error> {
     for (name, _) in HOOKS {
         let path = state.links().join(name);
-        if path.exists() {
-            fs::remove_file(&path).map_err(|source| Error::Pin { path, action: "unlink", source })?;
-        }
+        bpf::remove_link(&path).map_err(|source| Error::Pin { path, action: "BPF_LINK_DETACH", source })?;
     }
     Ok(())
 }

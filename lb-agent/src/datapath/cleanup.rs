@@ -3,7 +3,7 @@
 use std::{io, path::Path};
 
 use super::{
-    Error, attach,
+    Error, attach, bpf,
     state_dir::{self, StateDir},
 };
 
@@ -38,6 +38,7 @@ pub fn remove_version(version: &Path) -> io::Result<Removed> {
         removed.extend(attach::release(ifindex, &links)?);
     }
     for link in state_dir::entries(&links)? {
+        bpf::remove_link(&link)?;
         if let Some(name) = link.file_name().and_then(|n| n.to_str()) {
             removed.push(format!("socket hook {name}"));
         }

@@ -18,7 +18,7 @@ use std::{
 
 use lb_common::LAYOUT_VERSION;
 
-use super::Error;
+use super::{Error, bpf};
 
 /// f_type of statfs(2) for bpffs (BPF_FS_MAGIC, include/uapi/linux/magic.h).
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
@@ -119,13 +119,18 @@ impl StateDir {
             if mount != root && root.starts_with(mount) && fs::remove_dir(&root).is_ok() {
                 done.push(format!("directory {}", root.display()));
             }
-            let ours = if created.is_dir() { 2 } else { 1 };
-            if !(root.starts_with(mount) && mounted.is_dir()) || entries(mount)?.len() != ours {
+            let made_the_place = created.is_dir();
+            // The kernel puts files of its own (maps.debug, progs.debug) into each bpffs; only its names have dots.
+            let others = entries(mount)?.into_iter().any(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                !(name.contains('.') || name == MOUNTED || name == CREATED)
+            });
+            if others || !(root.starts_with(mount) && mounted.is_dir()) {
                 continue;
             }
             umount(mount)?;
             done.push(format!("bpffs mount {}", mount.display()));
-            if ours == 2 && fs::remove_dir(mount).is_ok() {
+            if made_the_place && fs::remove_dir(mount).is_ok() {
                 done.push(format!("directory {}", mount.display()));
             }
         }
@@ -150,10 +155,17 @@ pub fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
-/// Removes pins and directories below and including `dir`; a pin's removal detaches or frees what it kept.
+/// Removes pins and directories below and including `dir`; a pin's removal frees what it kept, links at once.
 pub fn remove_tree(dir: &Path) -> io::Result<()> {
+    let links = dir.file_name().is_some_and(|name| name == "links");
     for path in entries(dir)? {
-        if path.is_dir() { remove_tree(&path)? } else { fs::remove_file(&path)? }
+        if path.is_dir() {
+            remove_tree(&path)?;
+        } else if links {
+            bpf::remove_link(&path)?;
+        } else {
+            fs::remove_file(&path)?;
+        }
     }
     fs::remove_dir(dir)
 }

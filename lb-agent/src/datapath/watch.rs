@@ -81,7 +81,9 @@ impl Events {
             ] {
                 socket.add_membership(group)?;
             }
-            AsyncFd::register(EventSocket(socket)).map(Self)
+            // SAFETY: the socket owns its descriptor and always names the same one.
+            let registered = unsafe { AsyncFd::register(EventSocket(socket)) };
+            Ok::<_, io::Error>(Self(registered?))
         };
         open().map_err(|source| Error::Netlink { what: "listening for device events", source })
     }

@@ -6,6 +6,7 @@ use aya::maps::MapType;
 use lb_common::{device::Device, maps::name};
 
 use super::{MapError, Table};
+use crate::datapath::{DeviceSink, DeviceSinkError};
 
 /// `DEVICES`, by ifindex.
 #[derive(Debug)]
@@ -31,5 +32,14 @@ impl Devices {
     pub fn all(&self) -> Result<BTreeMap<u32, Device>, MapError> {
         let entries = self.0.entries().map_err(|source| MapError::Read { map: name::DEVICES, source })?;
         Ok(entries.into_iter().collect())
+    }
+}
+
+impl DeviceSink for Devices {
+    fn put_device(&self, ifindex: u32, device: Device) -> Result<(), DeviceSinkError> {
+        Ok(self.put(ifindex, device)?)
+    }
+    fn delete_device(&self, ifindex: u32) -> Result<(), DeviceSinkError> {
+        Ok(self.delete(ifindex)?)
     }
 }

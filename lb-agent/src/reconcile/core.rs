@@ -147,7 +147,8 @@ impl<K: Kernel> Core<K> {
         let all = self.view.as_ref() != Some(&view);
         self.all_dirty = false;
         let dirty = std::mem::take(&mut self.dirty);
-        let mut outcome = Outcome { ran: all || !dirty.is_empty() || self.planner.is_none(), ..Outcome::default() };
+        let mut outcome =
+            Outcome { ran: all || !dirty.is_empty() || self.planner.is_none(), ..Outcome::default() };
         self.view = Some(view.clone());
         let result = self.program(&view, all, &dirty, &mut outcome);
         outcome.rejected = self.rejections.by_reason();
