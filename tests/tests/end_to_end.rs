@@ -16,7 +16,7 @@ use lb_tests::{
 const CALLS: usize = 40;
 
 /// Large enough for segmentation offload and for checksums to be wrong somewhere if they ever are.
-const BULK: u64 = 20_000_000;
+const BULK: u64 = 5_000_000;
 
 /// One pod on each node: the smallest Service with a local and a remote backend.
 const BACKENDS: [&str; 2] = ["pod-1a", "pod-2a"];

@@ -1,7 +1,7 @@
 //! Packets on hard paths: many bytes, small links, equal source ports, hosts with firewalls.
 
 use lb_tests::{
-    cluster::{Cluster, Layout, Options},
+    cluster::{Cluster, Layout, Options, POD_PORT},
     manifests::{Service, nodes},
     place::Family,
     shared::Shared,
@@ -86,6 +86,26 @@ fn a_small_link_to_the_client_is_discovered() {
     }
     set("");
     assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// Two pods on one bridge, one of which reaches the other through a Service: the node routes such packets back out of the
+/// device that they came by, and tells the sender that there is a shorter way (ICMP redirect). Translated like other
+/// ICMP errors, that would say "the Service's address is at this pod", and lead all its packets there. Linux NAT drops
+/// redirects about what it translated for the same reason (nf_nat_icmp_reply_translation).
+#[test]
+fn a_redirect_does_not_tie_a_service_to_one_pod() {
+    let cluster = CLUSTER.lock();
+    let service = Service::on(&cluster, "redirect", 36, &["pod-1a", "pod-2a"]);
+    cluster.serve(&service).unwrap();
+    let (from, neighbour) = (cluster.pod("pod-1b"), cluster.pod("pod-1a"));
+    for family in Family::BOTH {
+        // A redirect only counts if the new gateway is a known neighbour.
+        from.call(&Call::tcp(neighbour.addrs.socket(family, POD_PORT))).unwrap().unwrap();
+        let answers = from.calls(&Call::tcp(service.cluster_ip(family)).timeout_ms(500), 60).unwrap();
+        let route = from.netns.exec(&format!("ip route get {}", service.cluster_ips.ip(family))).unwrap();
+        assert!(!route.contains("redirected"), "{family:?}: {route}");
+        assert_eq!(answers.all_answered().unwrap().len(), 2, "{family:?}");
+    }
 }
 
 /// Docker sets this policy. Services are served all the same, or the agent says why not.

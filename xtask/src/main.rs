@@ -8,6 +8,8 @@ mod demo;
 mod setup;
 mod test;
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -45,13 +47,23 @@ enum Task {
     Ci,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().task {
-        Task::Setup => setup::toolchain().and_then(|_| setup::host().map(|_| ())),
-        Task::Build { release } => demo::build_agent(&setup::toolchain()?, release),
+fn main() -> ExitCode {
+    let done = match Cli::parse().task {
+        Task::Setup => {
+            setup::toolchain().and_then(|_| setup::host()).map(|_| eprintln!("setup: everything is there"))
+        }
+        Task::Build { release } => setup::toolchain().and_then(|t| demo::build_agent(&t, release)),
         Task::Demo => demo::run_demo(),
         Task::Test { unprivileged } => test::run_tests(unprivileged),
-        Task::Lint => ci::lint(&setup::toolchain()?),
+        Task::Lint => setup::toolchain().and_then(|t| ci::lint(&t)),
         Task::Ci => ci::run_ci(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // What failed has said why already, above.
+        Err(e) => {
+            eprintln!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -25,7 +25,7 @@ const INSIDE: (&str, &str) = ("172.18.0.1", "fd00:18::1");
 const OUTSIDE: (&str, &str) = ("203.0.113.1", "2001:db8:203::1");
 
 /// Service addresses; the router sends all of them to node1.
-const SERVICE_RANGES: [&str; 4] = ["10.96.0.0/16", "192.0.2.0/24", "fd00:10:96::/112", "2001:db8:192::/64"];
+const SERVICE_RANGES: [&str; 4] = ["10.96.0.0/16", "192.0.2.0/24", "fd00:10:96::/64", "2001:db8:192::/64"];
 
 /// Connects everything.
 pub fn connect(cluster: &Cluster) -> anyhow::Result<()> {
