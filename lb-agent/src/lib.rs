@@ -4,6 +4,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod health;
+pub mod host;
 pub mod http;
 pub mod inspect;
 pub mod maps;

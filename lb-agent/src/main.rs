@@ -3,23 +3,23 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _};
+use clap::FromArgMatches as _;
 use lb_agent::{
-    cli::{Cli, Command, InspectArgs, Output},
+    cli::{self, Cli, Command, InspectArgs, Output},
     config::{self, LogFormat, LogSettings},
     inspect,
 };
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let matches = Cli::command().get_matches();
+    let matches = cli::command().get_matches();
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
     let result = match &cli.command {
         Command::Run(args) => {
-            let given = matches.subcommand_matches("run").map_or(&matches, |m: &ArgMatches| m);
+            let given = matches.subcommand_matches("run").unwrap_or(&matches);
             match config::load(args, given) {
                 Ok(config) => run(config),
                 Err(error) => {
@@ -81,7 +81,9 @@ fn log(settings: &LogSettings) -> anyhow::Result<()> {
     // The kube crate warns at every attempt; the source says once what is wrong.
     let filter = format!("kube_client=error,kube_runtime=error,{}", settings.filter);
     let filter = EnvFilter::builder().parse(&filter).context("cannot use the log filter")?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi);
     match settings.format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),

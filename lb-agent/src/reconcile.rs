@@ -250,3 +250,7 @@ async fn until(at: Option<tokio::time::Instant>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+#[path = "reconcile/loop_tests.rs"]
+mod tests;

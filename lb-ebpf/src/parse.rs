@@ -79,10 +79,10 @@ struct Ipv6Start {
     hop_limit: u8,
 }
 
-/// The first 16 bytes of a TCP header (RFC 9293 section 3.1).
+/// A TCP header without options (RFC 9293 section 3.1).
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct TcpStart {
+struct TcpHeader {
     sport: Be16,
     dport: Be16,
     seq: u32,
@@ -90,6 +90,8 @@ struct TcpStart {
     offset: u8,
     flags: u8,
     window: u16,
+    check: u16,
+    urgent: u16,
 }
 
 /// The start of UDP and SCTP headers.
@@ -262,7 +264,7 @@ fn transport<A: Net>(skb: Skb, p: &mut Packet<A>) -> Parsed {
     }
     match p.tuple.proto {
         proto::TCP => {
-            let Some(tcp) = skb.load::<TcpStart>(p.l4) else { return Parsed::Other };
+            let Some(tcp) = skb.load::<TcpHeader>(p.l4) else { return Parsed::Other };
             p.tuple.sport = tcp.sport;
             p.tuple.dport = tcp.dport;
             p.tcp_flags = tcp.flags;

@@ -1,4 +1,5 @@
-//! The test bed: a small cluster made of network namespaces, agents as processes in it, and real traffic.
+//! What tests share. Single packets: [`frame`] and [`lab`]. The rest is the test bed, a small cluster made of network
+//! namespaces, with agents as processes in it and real traffic.
 //!
 //! * [`cluster`] builds nodes, pods, a router and a client, in the shape that a CNI gives them;
 //! * [`agent`] runs `lb-agent` on a node;
@@ -10,7 +11,9 @@
 pub mod agent;
 pub mod cluster;
 pub mod expect;
+pub mod frame;
 pub mod janitor;
+pub mod lab;
 pub mod manifests;
 pub mod netns;
 pub mod place;

@@ -253,3 +253,7 @@ fn kind(op: &MapOp) -> &'static str {
         MapOp::ClearBackend { .. } => "clear_backend",
     }
 }
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+pub(super) mod tests;

@@ -1,0 +1,335 @@
+//! The kernel object in a network namespace of its own, its maps filled by hand, its programs run on single packets by
+//! BPF_PROG_TEST_RUN.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use aya::{
+    Ebpf, EbpfLoader, Pod,
+    maps::{Array, HashMap, MapData, PerCpuArray},
+    programs::{SchedClassifier, TestRun, TestRunOptions, Xdp},
+};
+use lb_common::{
+    Be16, Be32, V4, V6,
+    addr::v6,
+    affinity::MemberKey,
+    backend::{self, Backend},
+    conntrack::Flow,
+    device::{self, Device},
+    frontend::{FrontendKey, FrontendValue, ServiceRecord, ServiceStats, SlotRange},
+    maps::{name, program},
+    tuple::Tuple,
+    verdict::Counter,
+};
+
+/// Which program to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    Ingress,
+    Egress,
+    Xdp,
+}
+
+/// What a program returned, by the names of its hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// TCX_NEXT, XDP_PASS.
+    Pass,
+    /// TC_ACT_SHOT, XDP_DROP.
+    Drop,
+    /// TC_ACT_REDIRECT, XDP_REDIRECT.
+    Redirect,
+    /// XDP_TX.
+    Tx,
+}
+
+/// A device of the lab's namespace.
+#[derive(Clone, Copy, Debug)]
+pub struct Dev {
+    pub ifindex: u32,
+}
+
+/// See the module.
+pub struct Lab {
+    ebpf: Ebpf,
+    /// Loopback, as a pod-side device.
+    pub pod: Dev,
+    next_slot: u32,
+    next_service: u32,
+    next_backend: u32,
+}
+
+/// Constants to load the object with.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub snat_ports: (u16, u16),
+    pub flow_entries: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { snat_ports: (10_240, 29_999), flow_entries: 4096 }
+    }
+}
+
+impl Lab {
+    /// Moves the calling thread into a new network namespace and loads the object.
+    pub fn new() -> Result<Self> {
+        Self::with(Options::default())
+    }
+
+    pub fn with(options: Options) -> Result<Self> {
+        // SAFETY: changes the calling thread only.
+        let code = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        ensure!(code == 0, "unshare(CLONE_NEWNET): {} (needs root)", std::io::Error::last_os_error());
+        ip("link set lo up")?;
+        let mut loader = EbpfLoader::new();
+        loader
+            .override_global("SNAT_PORT_FIRST", &options.snat_ports.0, true)
+            .override_global("SNAT_PORT_LAST", &options.snat_ports.1, true)
+            .map_max_entries(name::FLOWS4, options.flow_entries)
+            .map_max_entries(name::FLOWS6, options.flow_entries);
+        for (map, entries) in [
+            (name::FRONTENDS4, 1024),
+            (name::FRONTENDS6, 1024),
+            (name::SERVICES, 64),
+            (name::SERVICE_NAMES, 64),
+            (name::SERVICE_STATS, 64),
+            (name::SLOTS, 4096),
+            (name::BACKENDS4, 256),
+            (name::BACKENDS6, 256),
+            (name::AFFINITY4, 256),
+            (name::AFFINITY6, 256),
+            (name::AFFINITY_MEMBERS, 256),
+            (name::SOCKETS, 256),
+            (name::FRAGMENTS4, 256),
+            (name::FRAGMENTS6, 256),
+        ] {
+            loader.map_max_entries(map, entries);
+        }
+        let mut ebpf = loader.load(lb_agent::datapath::OBJECT)?;
+        for name in [program::TC_INGRESS, program::TC_EGRESS] {
+            let p: &mut SchedClassifier = ebpf.program_mut(name).context("no such program")?.try_into()?;
+            p.load().with_context(|| format!("load {name}"))?;
+        }
+        let p: &mut Xdp = ebpf.program_mut(program::XDP).context("no such program")?.try_into()?;
+        p.load().with_context(|| format!("load {}", program::XDP))?;
+        Ok(Self { ebpf, pod: Dev { ifindex: 1 }, next_slot: 0, next_service: 1, next_backend: 1 })
+    }
+
+    fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
+        HashMap::try_from(self.ebpf.map_mut(name).unwrap_or_else(|| panic!("no map {name}"))).unwrap()
+    }
+
+    fn array<V: Pod>(&mut self, name: &str) -> Array<&mut MapData, V> {
+        Array::try_from(self.ebpf.map_mut(name).unwrap_or_else(|| panic!("no map {name}"))).unwrap()
+    }
+
+    /// A new veth device towards the outside, with addresses, a peer that is up and a neighbour behind it.
+    pub fn external(&mut self, name: &str, addrs: &[&str]) -> Result<Dev> {
+        ip(&format!("link add {name} type veth peer name {name}p"))?;
+        ip(&format!("link set {name} address 02:00:00:00:00:0a"))?;
+        for dev in [name.to_string(), format!("{name}p")] {
+            std::fs::write(format!("/proc/sys/net/ipv6/conf/{dev}/accept_dad"), "0").ok();
+            ip(&format!("link set {dev} up"))?;
+        }
+        for a in addrs {
+            let nodad = if a.contains(':') { "nodad" } else { "" };
+            ip(&format!("addr add {a} dev {name} {nodad}"))?;
+        }
+        let dev = Dev { ifindex: ifindex(name)? };
+        let first =
+            |v6: bool| addrs.iter().map(|a| a.split('/').next().unwrap()).find(|a| a.contains(':') == v6);
+        let value = Device {
+            flags: device::flags::EXTERNAL,
+            snat4: first(false).map(|a| a.parse::<Ipv4Addr>().unwrap().into()).unwrap_or_default(),
+            snat6: first(true).map(|a| v6(a.parse::<Ipv6Addr>().unwrap())).unwrap_or_default(),
+        };
+        self.hash::<u32, Device>(name::DEVICES).insert(dev.ifindex, value, 0)?;
+        Ok(dev)
+    }
+
+    /// Overrides what the data path knows about a device.
+    pub fn set_device(&mut self, dev: Dev, device: Device) -> Result<()> {
+        Ok(self.hash::<u32, Device>(name::DEVICES).insert(dev.ifindex, device, 0)?)
+    }
+
+    /// A new backend; returns its id.
+    pub fn backend(&mut self, addr: (IpAddr, u16), local: bool) -> Result<u32> {
+        let id = self.next_backend;
+        self.next_backend += 1;
+        let flags = backend::flags::IN_USE | if local { backend::flags::LOCAL } else { 0 };
+        let port = Be16::new(addr.1);
+        match addr.0 {
+            IpAddr::V4(a) => {
+                self.array(name::BACKENDS4).set(id, Backend::<V4>::new(a.into(), port, flags), 0)?
+            }
+            IpAddr::V6(a) => {
+                self.array(name::BACKENDS6).set(id, Backend::<V6>::new(v6(a), port, flags), 0)?
+            }
+        }
+        Ok(id)
+    }
+
+    fn slots(&mut self, ids: &[u32]) -> Result<SlotRange> {
+        let base = self.next_slot;
+        for id in ids {
+            let slot = self.next_slot;
+            self.array::<u32>(name::SLOTS).set(slot, *id, 0)?;
+            self.next_slot += 1;
+        }
+        Ok(SlotRange::new(base, u32::try_from(ids.len())?))
+    }
+
+    /// A new Service record with these Cluster and Local backends.
+    pub fn service(&mut self, cluster: &[u32], local: &[u32]) -> Result<u32> {
+        let id = self.next_service;
+        self.next_service += 1;
+        self.set_service(id, cluster, local)?;
+        Ok(id)
+    }
+
+    /// Gives a record new sets.
+    pub fn set_service(&mut self, id: u32, cluster: &[u32], local: &[u32]) -> Result<()> {
+        let record = ServiceRecord {
+            cluster: self.slots(cluster)?,
+            local: self.slots(local)?,
+            affinity_timeout_s: 10_800,
+            in_use: 1,
+            _reserved: 0,
+        };
+        Ok(self.array(name::SERVICES).set(id, record, 0)?)
+    }
+
+    /// A frontend that names a record.
+    pub fn frontend(&mut self, addr: (IpAddr, u16), proto: u8, service: u32, flags: u32) -> Result<()> {
+        let value = FrontendValue { service, flags };
+        let port = Be16::new(addr.1);
+        match addr.0 {
+            IpAddr::V4(a) => self.hash::<FrontendKey<V4>, FrontendValue>(name::FRONTENDS4).insert(
+                FrontendKey::new(a.into(), port, proto),
+                value,
+                0,
+            )?,
+            IpAddr::V6(a) => self.hash::<FrontendKey<V6>, FrontendValue>(name::FRONTENDS6).insert(
+                FrontendKey::new(v6(a), port, proto),
+                value,
+                0,
+            )?,
+        }
+        Ok(())
+    }
+
+    pub fn member(&mut self, service: u32, backend: u32, bits: u32) -> Result<()> {
+        Ok(self.hash::<MemberKey, u32>(name::AFFINITY_MEMBERS).insert(
+            MemberKey { service, backend },
+            bits,
+            0,
+        )?)
+    }
+
+    pub fn remove_member(&mut self, service: u32, backend: u32) -> Result<()> {
+        Ok(self.hash::<MemberKey, u32>(name::AFFINITY_MEMBERS).remove(&MemberKey { service, backend })?)
+    }
+
+    /// Runs a program on a frame that came in by `dev`; returns what it did and the frame after.
+    pub fn run(&self, hook: Hook, dev: Dev, frame: &[u8]) -> Result<(Action, Vec<u8>)> {
+        let mut out = vec![0u8; frame.len() + 256];
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(frame);
+        options.data_out = Some(&mut out);
+        let result = match hook {
+            Hook::Xdp => {
+                // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+                let len = u32::try_from(frame.len())?;
+                let context: Vec<u8> =
+                    [0, len, 0, dev.ifindex, 0, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
+                options.ctx_in = Some(&context);
+                let p: &Xdp = self.ebpf.program(program::XDP).context("no such program")?.try_into()?;
+                p.test_run(options)?
+            }
+            Hook::Ingress | Hook::Egress => {
+                let mut context = [0u8; 192];
+                // struct __sk_buff: ifindex is the eleventh word.
+                context[40..44].copy_from_slice(&dev.ifindex.to_ne_bytes());
+                options.ctx_in = Some(&context);
+                let name = if hook == Hook::Ingress { program::TC_INGRESS } else { program::TC_EGRESS };
+                let p: &SchedClassifier = self.ebpf.program(name).context("no such program")?.try_into()?;
+                p.test_run(options)?
+            }
+        };
+        let action = match (hook, result.return_value as i32) {
+            (Hook::Xdp, 2) | (Hook::Ingress | Hook::Egress, -1) => Action::Pass,
+            (Hook::Xdp, 1) | (Hook::Ingress | Hook::Egress, 2) => Action::Drop,
+            (Hook::Xdp, 4) | (Hook::Ingress | Hook::Egress, 7) => Action::Redirect,
+            (Hook::Xdp, 3) => Action::Tx,
+            (hook, code) => anyhow::bail!("{hook:?} returned {code}"),
+        };
+        out.truncate(result.data_size_out as usize);
+        Ok((action, out))
+    }
+
+    /// All counters that are not zero.
+    pub fn counters(&self) -> Result<Vec<(&'static str, u64)>> {
+        let map: PerCpuArray<_, u64> =
+            PerCpuArray::try_from(self.ebpf.map(name::COUNTERS).context("no map")?)?;
+        let mut all = Vec::new();
+        for (counter, label) in Counter::ALL {
+            let sum: u64 = map.get(&(*counter as u32), 0)?.iter().sum();
+            if sum > 0 {
+                all.push((*label, sum));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Counters of a Service, over all CPUs.
+    pub fn stats(&self, service: u32) -> Result<ServiceStats> {
+        let map: PerCpuArray<_, ServiceStats> =
+            PerCpuArray::try_from(self.ebpf.map(name::SERVICE_STATS).context("no map")?)?;
+        Ok(map.get(&service, 0)?.iter().fold(ServiceStats::default(), |a, b| ServiceStats {
+            packets: a.packets + b.packets,
+            bytes: a.bytes + b.bytes,
+            connections: a.connections + b.connections,
+            xdp_packets: a.xdp_packets + b.xdp_packets,
+        }))
+    }
+
+    /// Number of flow entries of both families.
+    pub fn flow_entries(&mut self) -> usize {
+        self.hash::<Tuple<V4>, Flow<V4>>(name::FLOWS4).keys().count()
+            + self.hash::<Tuple<V6>, Flow<V6>>(name::FLOWS6).keys().count()
+    }
+
+    /// Verified instructions of a program, the measure of its complexity.
+    pub fn verified_instructions(&self, name: &str) -> Result<u32> {
+        self.ebpf
+            .program(name)
+            .context("no such program")?
+            .info()?
+            .verified_instruction_count()
+            .context("the kernel does not tell")
+    }
+}
+
+/// Runs `ip` in the calling thread's namespace.
+pub fn ip(args: &str) -> Result<()> {
+    let output = Command::new("ip").args(args.split_whitespace()).output().context("ip")?;
+    ensure!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn ifindex(name: &str) -> Result<u32> {
+    let name = std::ffi::CString::new(name)?;
+    // SAFETY: a valid C string.
+    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
+        0 => Err(std::io::Error::last_os_error()).context("if_nametoindex"),
+        i => Ok(i),
+    }
+}
+
+/// The zero address of a family, for devices without one.
+pub const NO_V4: V4 = Be32::new(0);
