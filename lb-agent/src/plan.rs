@@ -1,3 +1,267 @@
 //! From the model to map operations.
+//!
+//! [`desired`] says what one Service needs, a pure function of its objects. [`Planner`] knows what the kernel has, owns
+//! every id and slot, and turns the difference into an ordered list of [`MapOp`]s that `maps.rs` carries out. Each
+//! [`Plan`] must be carried out in full, in order, before the next one is made; after a failure the kernel's state
+//! is unknown and is read again ([`Planner::recover`]).
 
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use lb_common::maps::capacity;
+
+use crate::{
+    model::{Model, ServiceKey},
+    settings,
+};
+
+pub mod actual;
+mod backends;
+pub mod desired;
+mod draft;
+pub mod endpoints;
+mod frontends;
+mod ids;
+pub mod nodeport;
 pub mod op;
+mod record;
+mod recover;
+pub mod rejection;
+mod slots;
+
+pub use actual::{ActualService, ActualState};
+pub use desired::NodeView;
+pub use op::MapOp;
+pub use rejection::{Anomaly, Rejection, Resource};
+
+use self::{
+    backends::Backends,
+    desired::{Desired, desired},
+    draft::Draft,
+    frontends::{Frontends, Rank},
+    ids::Ids,
+    op::Family,
+    record::Record,
+    recover::Leftovers,
+    slots::Slots,
+};
+
+/// How many elements the kernel maps have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacities {
+    /// Per family.
+    pub frontends: u32,
+    pub services: u32,
+    pub slots: u32,
+    /// Per family.
+    pub backends: u32,
+    pub members: u32,
+}
+
+impl From<&settings::Capacities> for Capacities {
+    fn from(c: &settings::Capacities) -> Self {
+        Self {
+            frontends: c.frontends,
+            services: c.services,
+            slots: c.slots,
+            backends: c.backends,
+            members: capacity::AFFINITY_MEMBERS,
+        }
+    }
+}
+
+/// What to do, and what could not be done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Empty if the kernel already has what the Services want.
+    pub ops: Vec<MapOp>,
+    /// Those of the Services that this plan looked at, sorted. [`Planner::rejections`] has all.
+    pub rejections: Vec<Rejection>,
+    /// UDP records whose flows have to be checked once the operations are carried out, sorted by record.
+    pub retired: Vec<Retired>,
+    /// This plan freed something that a rejected Service may be waiting for: plan again (with no Service, or the next
+    /// dirty ones).
+    pub retry: bool,
+}
+
+/// Flows of this UDP record to any other backend than these have to go (SEMANTICS I1): a client that keeps its source
+/// port would be sent to the dead backend for ever. Policies and hints do not matter here, serving ones are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retired {
+    /// The record; free for another Service once it is not used any more.
+    pub service: u32,
+    pub family: Family,
+    /// What still serves, sorted.
+    pub serving: Vec<(IpAddr, u16)>,
+}
+
+/// What the kernel has, who owns it, and what is free.
+#[derive(Clone, Debug)]
+pub struct Planner {
+    capacities: Capacities,
+    record_ids: Ids,
+    records: BTreeMap<u32, Record>,
+    by_name: HashMap<Arc<str>, u32>,
+    owned: BTreeMap<ServiceKey, Vec<u32>>,
+    slots: Slots,
+    backends4: Backends,
+    backends6: Backends,
+    frontends: Frontends,
+    members_in_kernel: u32,
+    /// What the last plan of each Service left out.
+    rejected: BTreeMap<ServiceKey, BTreeSet<Rejection>>,
+    /// Something was freed since Services were last turned away for lack of room.
+    retry: bool,
+    /// What the kernel had at start and no record owns: goes with the first plan.
+    leftovers: Option<Leftovers>,
+}
+
+impl Planner {
+    /// For empty maps.
+    pub fn new(capacities: Capacities) -> Self {
+        Self::recover(capacities, ActualState::default()).0
+    }
+
+    /// Plans every Service of the model, and away with everything in the kernel that none of them wants.
+    pub fn plan_all(&mut self, model: &Model, node: &NodeView) -> Plan {
+        let known = model.services().map(|(key, _)| key);
+        let work: BTreeSet<ServiceKey> = known.chain(self.owned.keys()).cloned().collect();
+        self.rejected.retain(|key, _| work.contains(key));
+        self.retry = false;
+        let mut draft = Draft::default();
+        let leftovers = self.leftovers.take().unwrap_or_default();
+        leftovers.plan(&mut draft);
+        self.frontends.touch_all();
+        self.backends4.touch_all();
+        self.backends6.touch_all();
+        self.plan(model, node, work, draft)
+    }
+
+    /// Plans these Services, in proportion to them alone, and those that were turned away and may fit now. The first
+    /// plan is always one of all.
+    pub fn plan_services<'a>(
+        &mut self,
+        model: &Model,
+        node: &NodeView,
+        dirty: impl IntoIterator<Item = &'a ServiceKey>,
+    ) -> Plan {
+        if self.leftovers.is_some() {
+            return self.plan_all(model, node);
+        }
+        let mut work: BTreeSet<ServiceKey> = dirty.into_iter().cloned().collect();
+        if std::mem::take(&mut self.retry) {
+            work.extend(self.starved().cloned());
+        }
+        self.plan(model, node, work, Draft::default())
+    }
+
+    /// Everything that is left out at present, sorted.
+    pub fn rejections(&self) -> Vec<Rejection> {
+        let taken = self.frontends.rejections(rank(&self.records));
+        let all: BTreeSet<Rejection> = self.rejected.values().flatten().cloned().chain(taken).collect();
+        all.into_iter().collect()
+    }
+
+    fn plan(&mut self, model: &Model, node: &NodeView, work: BTreeSet<ServiceKey>, mut draft: Draft) -> Plan {
+        for key in &work {
+            self.rejected.remove(key);
+            let wanted = match model.service(key) {
+                Some(service) => desired(service, || model.slices(key), node),
+                None => Desired::default(),
+            };
+            self.plan_service(key, wanted, &mut draft);
+        }
+        self.frontends.finish(rank(&self.records), &mut draft);
+        for backends in [&mut self.backends4, &mut self.backends6] {
+            backends.finish(&mut draft.backends, &mut draft.clear_backends);
+        }
+        self.complete(draft)
+    }
+
+    fn plan_service(&mut self, key: &ServiceKey, wanted: Desired, draft: &mut Draft) {
+        draft.rejections.extend(wanted.rejections);
+        let before = self.owned.remove(key).unwrap_or_default();
+        let mut kept = Vec::with_capacity(wanted.records.len());
+        for desired in &wanted.records {
+            let known = self.by_name.get(&*desired.name).copied();
+            let Some(id) = known.or_else(|| self.record_ids.allocate()) else {
+                draft.rejections.push(Rejection::Full {
+                    service: key.clone(),
+                    record: desired.name.clone(),
+                    resource: Resource::Services,
+                    capacity: self.capacities.services,
+                });
+                continue;
+            };
+            let mut record = self.records.remove(&id).unwrap_or_else(|| Record::new(key, desired));
+            let planned = self.plan_record(id, &mut record, desired, draft);
+            if known.is_none() {
+                if !planned {
+                    self.record_ids.release(id);
+                    continue;
+                }
+                draft.names.push(MapOp::NameService { service: id, name: desired.name.clone() });
+                self.by_name.insert(record.name.clone(), id);
+            }
+            self.plan_claims(id, &mut record, &desired.frontends);
+            self.plan_retirement(id, &mut record, &desired.sets, draft);
+            self.records.insert(id, record);
+            kept.push(id);
+        }
+        for id in before.into_iter().filter(|id| !kept.contains(id)) {
+            self.remove_record(id, draft);
+        }
+        if !kept.is_empty() {
+            self.owned.insert(key.clone(), kept);
+        }
+    }
+
+    /// Gives back what the plan frees, for the plans after it.
+    fn complete(&mut self, mut draft: Draft) -> Plan {
+        for (base, len) in draft.freed_runs.iter() {
+            self.slots.release(*base, *len);
+        }
+        for id in &draft.freed_records {
+            self.record_ids.release(*id);
+        }
+        self.members_in_kernel -= draft.delete_members.len() as u32;
+        draft.rejections.sort_unstable();
+        draft.rejections.dedup();
+        for rejection in draft.rejections.iter().filter(|r| !matches!(r, Rejection::FrontendTaken { .. })) {
+            self.rejected.entry(rejection.service().clone()).or_default().insert(rejection.clone());
+        }
+        self.retry |= draft.frees();
+        draft.retired.sort_by_key(|r| r.service);
+        Plan {
+            rejections: std::mem::take(&mut draft.rejections),
+            retired: std::mem::take(&mut draft.retired),
+            retry: self.retry && self.starved().next().is_some(),
+            ops: draft.into_ops(),
+        }
+    }
+
+    /// Services that something did not fit of.
+    fn starved(&self) -> impl Iterator<Item = &ServiceKey> {
+        let lacks_room =
+            |rejections: &BTreeSet<Rejection>| rejections.iter().any(|r| matches!(r, Rejection::Full { .. }));
+        self.rejected.iter().filter(move |(_, r)| lacks_room(r)).map(|(key, _)| key)
+    }
+
+    fn backends(&mut self, family: Family) -> &mut Backends {
+        match family {
+            Family::V4 => &mut self.backends4,
+            Family::V6 => &mut self.backends6,
+        }
+    }
+}
+
+/// The smallest (namespace, name) gets a frontend that several Services claim; within one, the smallest record name.
+fn rank<'a>(records: &'a BTreeMap<u32, Record>) -> impl Fn(u32) -> Option<Rank<'a>> + use<'a> {
+    |id| records.get(&id).map(|r| (&r.owner, &*r.name))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,22 @@
 //! Where objects come from: a source sends [`Event`]s until its receiver is dropped.
 
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
+pub mod kube;
+pub mod manifests;
+pub mod status;
+pub mod strip;
+
+use std::{fmt, sync::Arc};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Node, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
+use tokio::sync::mpsc;
+
+use crate::{settings::SourceSettings, source::status::SourceStatus};
 
 /// The kinds of objects that matter here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,7 +35,7 @@ pub struct ObjectRef {
 }
 
 /// An object as the API describes it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
@@ -30,7 +43,7 @@ pub enum Object {
 }
 
 /// What a source tells.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The object is new or has changed.
     Apply(Object),
@@ -38,4 +51,111 @@ pub enum Event {
     Delete(ObjectRef),
     /// Everything known at start has been sent: until then nothing may be programmed. Sent once.
     Synced,
+}
+
+impl Object {
+    pub const fn kind(&self) -> Kind {
+        match self {
+            Self::Service(_) => Kind::Service,
+            Self::EndpointSlice(_) => Kind::EndpointSlice,
+            Self::Node(_) => Kind::Node,
+        }
+    }
+
+    pub const fn metadata(&self) -> &ObjectMeta {
+        match self {
+            Self::Service(o) => &o.metadata,
+            Self::EndpointSlice(o) => &o.metadata,
+            Self::Node(o) => &o.metadata,
+        }
+    }
+
+    /// What the object is called.
+    pub fn reference(&self) -> ObjectRef {
+        let meta = self.metadata();
+        ObjectRef {
+            kind: self.kind(),
+            namespace: meta.namespace.clone().unwrap_or_default(),
+            name: meta.name.clone().unwrap_or_default(),
+        }
+    }
+}
+
+impl From<Service> for Object {
+    fn from(object: Service) -> Self {
+        Self::Service(Box::new(object))
+    }
+}
+
+impl From<EndpointSlice> for Object {
+    fn from(object: EndpointSlice) -> Self {
+        Self::EndpointSlice(Box::new(object))
+    }
+}
+
+impl From<Node> for Object {
+    fn from(object: Node) -> Self {
+        Self::Node(Box::new(object))
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Service => "Service",
+            Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+        })
+    }
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            write!(f, "{} {}", self.kind, self.name)
+        } else {
+            write!(f, "{} {}/{}", self.kind, self.namespace, self.name)
+        }
+    }
+}
+
+/// A source that could not start, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Kube(#[from] kube::Error),
+    #[error(transparent)]
+    Manifests(#[from] manifests::Error),
+}
+
+/// Runs the source that `settings` names. Returns an error if it cannot start (or, for manifests, can no longer watch),
+/// and `Ok` when the receiver of `tx` is gone. A Kubernetes source never ends for reasons of its own.
+pub async fn run(
+    settings: SourceSettings,
+    node_name: String,
+    tx: mpsc::Sender<Event>,
+    status: Arc<SourceStatus>,
+) -> Result<(), Error> {
+    match settings {
+        SourceSettings::Kube { kubeconfig, master } => {
+            let client = kube::client(kubeconfig.as_deref(), master.as_deref()).await?;
+            kube::run(client, &node_name, tx, status).await;
+        }
+        SourceSettings::Manifests(dir) => manifests::run(dir, tx, status).await?,
+    }
+    Ok(())
+}
+
+/// The receiver of the events is gone: the agent is shutting down.
+pub(crate) struct Closed;
+
+/// Sends one event and counts it.
+pub(crate) async fn send(
+    tx: &mpsc::Sender<Event>,
+    status: &SourceStatus,
+    event: Event,
+) -> Result<(), Closed> {
+    tx.send(event).await.map_err(|_| Closed)?;
+    status.count_event();
+    Ok(())
 }

@@ -1,6 +1,9 @@
 //! Map operations as plain data. The planner makes them, `maps.rs` carries them out, nothing else writes maps.
 
-use std::{fmt, net::IpAddr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use lb_common::{
     affinity::MemberKey,
@@ -69,6 +72,12 @@ pub struct Frontend {
     pub addr: IpAddr,
     pub port: u16,
     pub protocol: Protocol,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", SocketAddr::new(self.addr, self.port), self.protocol)
+    }
 }
 
 /// An endpoint as the kernel knows it. Port in host order. `local`: on this node.

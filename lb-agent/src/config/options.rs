@@ -1,0 +1,225 @@
+//! Which value each option has, and what settings that makes.
+
+use std::path::{Path, PathBuf};
+
+use clap::{ArgMatches, parser::ValueSource};
+use lb_common::conntrack::Timeouts;
+
+use super::{Config, Error, HOSTNAME, LogFormat, LogSettings, Origin, cgroup2_mount, values as parse};
+use crate::{
+    cli::{DEFAULT_STATE_DIR, RunArgs},
+    settings::{Capacities, Settings, SocketLb, XdpSetting},
+};
+
+/// A value and where it came from.
+pub(super) struct Given {
+    pub value: String,
+    pub origin: Origin,
+}
+
+/// The three places where options come from, in order of precedence: flags and environment are in `args`.
+pub(super) struct Options<'a> {
+    pub args: &'a RunArgs,
+    pub matches: &'a ArgMatches,
+    pub file: Option<(&'a Path, RunArgs)>,
+}
+
+impl Options<'_> {
+    pub fn config(&self) -> Result<Config, Error> {
+        Ok(Config { settings: self.settings()?, log: self.log()? })
+    }
+
+    fn settings(&self) -> Result<Settings, Error> {
+        Ok(Settings {
+            source: self.source()?,
+            node_name: self.node_name()?,
+            external_devices: self.each("external_device", |a| &a.external_device, parse::glob)?,
+            pod_devices: self.each("pod_device", |a| &a.pod_device, parse::glob)?,
+            xdp: self.or("xdp", |a| &a.xdp, XdpSetting::Auto, parse::xdp)?,
+            socket_lb: self.or("socket_lb", |a| &a.socket_lb, SocketLb::Host, parse::socket_lb)?,
+            cgroup_root: self.cgroup_root()?,
+            state_dir: self.or("state_dir", |a| &a.state_dir, DEFAULT_STATE_DIR.into(), parse::directory)?,
+            nodeport_addresses: parse::nodeport_addresses(
+                self.list("nodeport_addresses", |a| &a.nodeport_addresses),
+            )?,
+            allow_external_ips: self.each("allow_external_ips", |a| &a.allow_external_ips, parse::cidr)?,
+            // kube-proxy's ports: clusters have them open for load balancers and in their firewalls.
+            healthz_bind_address: self.or(
+                "healthz_bind_address",
+                |a| &a.healthz_bind_address,
+                Some(([0, 0, 0, 0], 10_256).into()),
+                parse::bind_address,
+            )?,
+            metrics_bind_address: self.or(
+                "metrics_bind_address",
+                |a| &a.metrics_bind_address,
+                Some(([127, 0, 0, 1], 10_249).into()),
+                parse::bind_address,
+            )?,
+            snat_ports: self.or(
+                "snat_ports",
+                |a| &a.snat_ports,
+                lb_common::nat::PortRange::DEFAULT,
+                parse::ports,
+            )?,
+            capacities: self.capacities()?,
+            timeouts: self.timeouts()?,
+        })
+    }
+
+    fn log(&self) -> Result<LogSettings, Error> {
+        Ok(LogSettings {
+            format: self.or("log_format", |a| &a.log_format, LogFormat::Text, parse::log_format)?,
+            filter: self.or("log_level", |a| &a.log_level, "info".into(), parse::log_filter)?,
+        })
+    }
+
+    fn source(&self) -> Result<crate::settings::SourceSettings, Error> {
+        let kubeconfig = self.one("kubeconfig", |a| &a.kubeconfig).map(|v| PathBuf::from(v.value));
+        let master = self.one("master", |a| &a.master).as_ref().map(parse::master).transpose()?;
+        match self.one("source", |a| &a.source) {
+            Some(given) => parse::source(&given, kubeconfig, master),
+            None => Ok(crate::settings::SourceSettings::Kube { kubeconfig, master }),
+        }
+    }
+
+    /// The kubelet names a node by its host name in lower case (pkg/util/node.GetHostname).
+    fn node_name(&self) -> Result<String, Error> {
+        if let Some(given) = self.one("hostname_override", |a| &a.hostname_override) {
+            return parse::node_name(&given);
+        }
+        let name = std::fs::read_to_string(HOSTNAME).map_err(Error::Hostname)?;
+        let value = name.trim().to_lowercase();
+        parse::node_name(&Given {
+            value,
+            origin: Origin::Default("this host's name (override it with --hostname-override)"),
+        })
+    }
+
+    fn cgroup_root(&self) -> Result<Option<PathBuf>, Error> {
+        if let Some(given) = self.one("cgroup_root", |a| &a.cgroup_root) {
+            return parse::directory(&given).map(Some);
+        }
+        // Unreadable only where there is no /proc; then whoever attaches the socket hooks reports that there is none.
+        Ok(std::fs::read_to_string("/proc/self/mounts").ok().and_then(|mounts| cgroup2_mount(&mounts)))
+    }
+
+    fn capacities(&self) -> Result<Capacities, Error> {
+        let default = Capacities::default();
+        let size = parse::size;
+        Ok(Capacities {
+            frontends: self.or("max_frontends", |a| &a.max_frontends, default.frontends, size)?,
+            services: self.or("max_services", |a| &a.max_services, default.services, size)?,
+            slots: self.or("max_slots", |a| &a.max_slots, default.slots, size)?,
+            backends: self.or("max_backends", |a| &a.max_backends, default.backends, size)?,
+            flows: self.or("max_flows", |a| &a.max_flows, default.flows, size)?,
+            affinity: self.or("max_affinity", |a| &a.max_affinity, default.affinity, size)?,
+            sockets: self.or("max_sockets", |a| &a.max_sockets, default.sockets, size)?,
+        })
+    }
+
+    fn timeouts(&self) -> Result<Timeouts, Error> {
+        let default = Timeouts::DEFAULT;
+        let time = parse::seconds;
+        Ok(Timeouts {
+            tcp_opening_s: self.or(
+                "tcp_opening_timeout",
+                |a| &a.tcp_opening_timeout,
+                default.tcp_opening_s,
+                time,
+            )?,
+            tcp_established_s: self.or(
+                "tcp_established_timeout",
+                |a| &a.tcp_established_timeout,
+                default.tcp_established_s,
+                time,
+            )?,
+            tcp_closing_s: self.or(
+                "tcp_closing_timeout",
+                |a| &a.tcp_closing_timeout,
+                default.tcp_closing_s,
+                time,
+            )?,
+            udp_opening_s: self.or(
+                "udp_opening_timeout",
+                |a| &a.udp_opening_timeout,
+                default.udp_opening_s,
+                time,
+            )?,
+            udp_established_s: self.or(
+                "udp_established_timeout",
+                |a| &a.udp_established_timeout,
+                default.udp_established_s,
+                time,
+            )?,
+        })
+    }
+
+    /// The option `id`, parsed, or `default` if nobody gave it.
+    fn or<T>(
+        &self,
+        id: &str,
+        field: impl Fn(&RunArgs) -> &Option<String>,
+        default: T,
+        parse: impl Fn(&Given) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.one(id, field).map_or(Ok(default), |given| parse(&given))
+    }
+
+    /// Each value of the repeatable option `id`, parsed.
+    fn each<T>(
+        &self,
+        id: &str,
+        field: impl Fn(&RunArgs) -> &Vec<String>,
+        parse: impl Fn(&Given) -> Result<T, Error>,
+    ) -> Result<Vec<T>, Error> {
+        self.list(id, field).iter().map(parse).collect()
+    }
+
+    fn one(&self, id: &str, field: impl Fn(&RunArgs) -> &Option<String>) -> Option<Given> {
+        if let Some(value) = field(self.args) {
+            return Some(Given { value: value.clone(), origin: self.origin(id) });
+        }
+        let (path, file) = self.file.as_ref()?;
+        let value = field(file).clone()?;
+        Some(Given { value, origin: Origin::File((*path).to_owned(), key(id)) })
+    }
+
+    fn list(&self, id: &str, field: impl Fn(&RunArgs) -> &Vec<String>) -> Vec<Given> {
+        // A list that is given as empty on the command line still wins over the file.
+        let given = matches!(
+            self.matches.value_source(id),
+            Some(ValueSource::CommandLine | ValueSource::EnvVariable)
+        );
+        let (values, origin) = match &self.file {
+            Some((path, file)) if !given => (field(file), Origin::File((*path).to_owned(), key(id))),
+            _ => (field(self.args), self.origin(id)),
+        };
+        let values = values.iter().map(|v| v.trim()).filter(|v| !v.is_empty());
+        values.map(|v| Given { value: v.to_owned(), origin: origin.clone() }).collect()
+    }
+
+    fn origin(&self, id: &str) -> Origin {
+        match self.matches.value_source(id) {
+            Some(ValueSource::EnvVariable) => Origin::Env(format!("LB_{}", id.to_uppercase())),
+            _ => Origin::Flag(id.replace('_', "-")),
+        }
+    }
+}
+
+/// The name of an option in the file: kube-proxy's where it has one, else the flag's in camel case.
+pub(super) fn key(id: &str) -> String {
+    match id {
+        "nodeport_addresses" => return "nodePortAddresses".into(),
+        "allow_external_ips" => return "allowExternalIPs".into(),
+        _ => {}
+    }
+    let mut words = id.split('_');
+    let mut key = words.next().unwrap_or_default().to_owned();
+    for word in words {
+        let mut letters = word.chars();
+        key.extend(letters.next().map(|c| c.to_ascii_uppercase()));
+        key.push_str(letters.as_str());
+    }
+    key
+}

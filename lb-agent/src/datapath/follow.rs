@@ -1,0 +1,275 @@
+//! Follows the devices: every change in the kernel's list becomes entries in `DEVICES` and programs on hooks.
+//!
+//! A device gets its entry before its programs, and loses its programs before its entry: a device without an entry counts as
+//! a pod's.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
+    io,
+    net::IpAddr,
+    path::Path,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use lb_common::maps::name;
+use tokio::{
+    sync::watch::Sender,
+    time::{MissedTickBehavior, interval, sleep},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    Attached, Datapath, DeviceSink, Error, Followed, Role, Xdp, attach,
+    devices::{self, LinkFacts, classify},
+    state_dir,
+    watch::{self, Change, Events},
+};
+
+/// How often hooks are looked at without an event: somebody may have taken our programs off.
+const RESYNC: Duration = Duration::from_secs(30);
+/// How long to wait when the kernel's list cannot be read.
+const RETRY: Duration = Duration::from_secs(1);
+
+type Links = BTreeMap<u32, LinkFacts>;
+
+/// See [`Datapath::follow_devices`].
+pub async fn follow(
+    datapath: Arc<Datapath>,
+    sink: Arc<dyn DeviceSink>,
+    addresses: Sender<BTreeSet<IpAddr>>,
+) -> Result<Infallible, Error> {
+    // First listen, then look: what happens in between is seen twice.
+    let events = Events::open()?;
+    let (connection, handle, _) = rtnetlink::new_connection()
+        .map_err(|source| Error::Netlink { what: "opening a socket for device lists", source })?;
+    let connection = AbortOnDrop(tokio::spawn(connection));
+    let mut resync = interval(RESYNC);
+    resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    resync.tick().await;
+    let mut first = true;
+    let mut change = Change::ALL;
+    let mut routes = BTreeSet::new();
+    let mut unhandled = BTreeSet::new();
+    loop {
+        match look(&handle, change, &mut routes).await {
+            Ok((links, context)) => {
+                let roles = roles(&datapath, &links, &context);
+                report_unhandled(&links, &mut unhandled);
+                datapath.apply(&links, &roles, sink.as_ref());
+                if first {
+                    first = false;
+                    datapath.settle(sink.as_ref(), &links).await;
+                }
+                let current = devices::local_addresses(links.values());
+                addresses.send_if_modified(|known| {
+                    let new = *known != current;
+                    *known = current;
+                    new
+                });
+            }
+            Err(error) => {
+                warn!(%error, "the device list cannot be read; trying again");
+                sleep(RETRY).await;
+                change = Change::ALL;
+                continue;
+            }
+        }
+        debug_assert!(!connection.0.is_finished());
+        change = tokio::select! {
+            change = events.changed() => change?,
+            _ = resync.tick() => Change::ALL,
+        };
+    }
+}
+
+/// Ends the netlink connection's task together with its user.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn look(
+    handle: &rtnetlink::Handle,
+    change: Change,
+    routes: &mut BTreeSet<u32>,
+) -> Result<(Links, devices::Context), Error> {
+    if change.default_route {
+        *routes = watch::default_routes(handle).await?;
+    }
+    let links = watch::links(handle).await?;
+    let context = devices::Context { default_route: routes.clone(), ..watch::kinds(&links) };
+    Ok((links, context))
+}
+
+fn roles(datapath: &Datapath, links: &Links, context: &devices::Context) -> BTreeMap<u32, Role> {
+    links
+        .iter()
+        .filter_map(|(ifindex, link)| Some((*ifindex, classify(link, &datapath.rules, context)?)))
+        .collect()
+}
+
+/// Once per device: traffic that passes us by should not be a surprise.
+fn report_unhandled(links: &Links, known: &mut BTreeSet<u32>) {
+    known.retain(|ifindex| links.contains_key(ifindex));
+    for link in links.values() {
+        let matters = !link.ethernet && !link.loopback && link.up && !link.addresses.is_empty();
+        if matters && known.insert(link.ifindex) {
+            warn!(
+                device = link.name,
+                kind = link.kind,
+                "not an Ethernet device: Services are not served on it (NodePorts and external IPs will not answer there)"
+            );
+        }
+    }
+}
+
+impl Datapath {
+    /// Brings all devices to what they should be.
+    fn apply(&self, links: &Links, roles: &BTreeMap<u32, Role>, sink: &dyn DeviceSink) {
+        let gone: Vec<u32> = self.followed().keys().copied().filter(|i| !roles.contains_key(i)).collect();
+        let mut changed = !gone.is_empty();
+        for ifindex in gone {
+            self.forget(ifindex, sink);
+        }
+        for (ifindex, role) in roles {
+            let Some(link) = links.get(ifindex) else { continue };
+            let mut device = self.followed().get(ifindex).cloned().unwrap_or_else(|| Followed {
+                name: link.name.clone(),
+                role: *role,
+                entry: None,
+                attached: None,
+                failure: None,
+            });
+            let before = (device.attached.clone(), device.failure.clone());
+            device.name.clone_from(&link.name);
+            device.role = *role;
+            match self.ensure(link, &mut device, sink) {
+                Ok(()) => device.failure = None,
+                Err(error) => {
+                    let reason = error.to_string();
+                    // A device may go while we look; its event is on the way.
+                    if is_gone(&error) {
+                        debug!(device = link.name, reason, "device is gone");
+                    } else if device.failure.as_ref() != Some(&reason) {
+                        warn!(device = link.name, reason, "no programs on this device");
+                    }
+                    device.failure = Some(reason);
+                }
+            }
+            changed |= before != (device.attached.clone(), device.failure.clone());
+            self.followed().insert(*ifindex, device);
+        }
+        if changed {
+            self.changes.send_replace(());
+        }
+    }
+
+    fn ensure(&self, link: &LinkFacts, device: &mut Followed, sink: &dyn DeviceSink) -> Result<(), Error> {
+        let entry = devices::entry(link, device.role);
+        if device.entry != Some(entry) {
+            sink.put_device(link.ifindex, entry)
+                .map_err(|source| Error::Sink { device: link.name.clone(), source })?;
+            device.entry = Some(entry);
+        }
+        let pins = self.state.links();
+        let tc = self.attacher.tc(link, &self.programs, &pins)?;
+        let wanted = devices::wanted_xdp(link, device.role, self.xdp);
+        let (xdp, xdp_refused) = match &device.attached {
+            // A refusal stands until the agent starts again: each attempt may reset the device's queues.
+            Some(before) if before.xdp_refused.is_some() && wanted != Xdp::None => {
+                (Xdp::None, before.xdp_refused.clone())
+            }
+            // The list may be older than what we attached since; absent means that somebody took it off.
+            Some(before) if before.xdp == wanted && (wanted == Xdp::None || link.xdp_program.is_some()) => {
+                (wanted, None)
+            }
+            _ => self.attacher.xdp(link, wanted, &self.programs, &pins)?,
+        };
+        let attached = Attached {
+            ifindex: link.ifindex,
+            device: link.name.clone(),
+            role: device.role,
+            tc,
+            xdp,
+            xdp_refused,
+        };
+        if device.attached.as_ref() != Some(&attached) {
+            info!(device = link.name, role = ?device.role, ?tc, ?xdp, "programs are attached");
+        }
+        device.attached = Some(attached);
+        Ok(())
+    }
+
+    /// A device that is gone, or has no role any more.
+    fn forget(&self, ifindex: u32, sink: &dyn DeviceSink) {
+        let name = self.followed().remove(&ifindex).map_or_else(String::new, |d| d.name);
+        if let Err(error) = attach::release(ifindex, &self.state.links()) {
+            warn!(device = name, ifindex, %error, "programs cannot be taken off");
+        }
+        if let Err(error) = sink.delete_device(ifindex) {
+            warn!(device = name, ifindex, error, "DEVICES entry cannot be deleted");
+        }
+        info!(device = name, ifindex, "device is gone or not ours any more");
+    }
+
+    /// After the first round: every hook runs our programs, so what earlier runs left can go.
+    async fn settle(self: &Arc<Self>, sink: &dyn DeviceSink, links: &Links) {
+        let datapath = Arc::clone(self);
+        // Copying millions of flows takes seconds.
+        let done = tokio::task::spawn_blocking(move || datapath.finish_migration()).await;
+        if let Ok(Err(error)) = done {
+            warn!(%error, "the rest of an old map cannot be copied: new flows of the last moment may break");
+        }
+        if let Err(error) = self.supersede_other_versions() {
+            warn!(%error, "what another version of the agent left cannot be removed; run lb-agent cleanup once");
+        }
+        self.forget_strangers(sink, links);
+    }
+
+    fn finish_migration(&self) -> Result<(), Error> {
+        let migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner).take();
+        migration.map_or(Ok(()), |migration| migration.finish(&self.state))
+    }
+
+    /// Directories of other layouts: their links have done their work. Notes about clsact stay true and become ours.
+    fn supersede_other_versions(&self) -> io::Result<()> {
+        for version in self.state.other_versions()? {
+            attach::adopt_notes(&version.join("links"), &self.state.links())?;
+            state_dir::remove_tree(&version)?;
+            info!(directory = %version.display(), "programs and maps of another layout version are removed");
+        }
+        Ok(())
+    }
+
+    /// Pins and entries of devices that went while no agent ran, or that have no role now.
+    fn forget_strangers(&self, sink: &dyn DeviceSink, links: &Links) {
+        let mut known = attach::known_devices(&self.state.links()).unwrap_or_default();
+        known.extend(device_entries(&self.state.maps().join(name::DEVICES)));
+        let followed: BTreeSet<u32> = self.followed().keys().copied().collect();
+        let strangers: BTreeSet<u32> = known.into_iter().filter(|i| !followed.contains(i)).collect();
+        for ifindex in strangers {
+            debug!(ifindex, here = links.contains_key(&ifindex), "left by an earlier run");
+            self.forget(ifindex, sink);
+        }
+    }
+}
+
+fn is_gone(error: &Error) -> bool {
+    matches!(error, Error::Attach { source, .. } if source.raw_os_error() == Some(libc::ENODEV))
+}
+
+/// Keys of `DEVICES`.
+fn device_entries(pin: &Path) -> Vec<u32> {
+    let Ok(map) = aya::maps::MapData::from_pin(pin) else { return Vec::new() };
+    let Ok(map) =
+        aya::maps::HashMap::<_, u32, lb_common::device::Device>::try_from(aya::maps::Map::HashMap(map))
+    else {
+        return Vec::new();
+    };
+    map.keys().filter_map(Result::ok).collect()
+}

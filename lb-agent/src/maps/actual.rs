@@ -1,0 +1,94 @@
+//! Reading back what the maps hold: at start, and for audits.
+
+use std::{collections::BTreeMap, io};
+
+use lb_common::{
+    Addr,
+    addr::ToIp,
+    backend::Backend as RawBackend,
+    frontend::{FrontendKey, FrontendValue, ServiceRecord, SlotRange},
+    maps::name,
+};
+
+use super::{MapError, Maps, MmapArray, Table, apply};
+use crate::plan::{
+    ActualService, ActualState,
+    op::{Backend, Frontend, Protocol},
+};
+
+impl Maps {
+    /// Everything that plans write, as it is. Entries that no operation can have made (a frontend with an unknown
+    /// protocol) are left out: the programs cannot find them either.
+    pub fn read_actual(&self) -> Result<ActualState, MapError> {
+        let mut frontends = BTreeMap::new();
+        read_frontends(&self.frontends4, name::FRONTENDS4, &mut frontends)?;
+        read_frontends(&self.frontends6, name::FRONTENDS6, &mut frontends)?;
+        let services = self.read_services()?;
+        let members = self.members.entries().map_err(read_error(name::AFFINITY_MEMBERS))?;
+        Ok(ActualState {
+            frontends,
+            slots: self.read_slots(&services),
+            services,
+            backends4: read_backends(&self.backends4),
+            backends6: read_backends(&self.backends6),
+            members: members.into_iter().collect(),
+        })
+    }
+
+    fn read_services(&self) -> Result<BTreeMap<u32, ActualService>, MapError> {
+        let mut services = BTreeMap::new();
+        for (id, record) in elements(&self.services).filter(|(_, r)| *r != ServiceRecord::default()) {
+            services.insert(id, ActualService { record, name: None });
+        }
+        let mut walk = self.names.walk();
+        while let Some((ids, names)) = walk.next_chunk().map_err(read_error(name::SERVICE_NAMES))? {
+            for (id, name) in ids.iter().zip(names) {
+                services.entry(*id).or_default().name = Some(apply::name_text(name));
+            }
+        }
+        Ok(services)
+    }
+
+    /// The slots up to the end of the last range; a range that leaves the array is cut there.
+    fn read_slots(&self, services: &BTreeMap<u32, ActualService>) -> Vec<u32> {
+        let end = |r: SlotRange| r.base().saturating_add(r.len());
+        let used =
+            services.values().map(|s| end(s.record.cluster).max(end(s.record.local))).max().unwrap_or(0);
+        elements(&self.slots).take(used as usize).map(|(_, backend)| backend).collect()
+    }
+}
+
+fn read_error(map: &'static str) -> impl Fn(io::Error) -> MapError {
+    move |source| MapError::Read { map, source }
+}
+
+fn elements<T: bytemuck::Pod>(array: &MmapArray<T>) -> impl Iterator<Item = (u32, T)> + '_ {
+    (0..array.capacity()).filter_map(|i| Some((i, array.load(i)?)))
+}
+
+fn read_frontends<A: Addr + ToIp>(
+    table: &Table<FrontendKey<A>, FrontendValue>,
+    map: &'static str,
+    into: &mut BTreeMap<Frontend, FrontendValue>,
+) -> Result<(), MapError>
+where
+    FrontendKey<A>: bytemuck::Pod,
+{
+    let mut walk = table.walk();
+    while let Some((keys, values)) = walk.next_chunk().map_err(read_error(map))? {
+        for (key, value) in keys.iter().zip(values) {
+            let Some(protocol) = Protocol::from_number(key.proto) else { continue };
+            into.insert(Frontend { addr: key.addr.to_ip(), port: key.port.get(), protocol }, *value);
+        }
+    }
+    Ok(())
+}
+
+fn read_backends<A: Addr + ToIp>(array: &MmapArray<RawBackend<A>>) -> BTreeMap<u32, Backend>
+where
+    RawBackend<A>: bytemuck::Pod,
+{
+    elements(array)
+        .filter_map(|(id, b)| Some((id, apply::backend_from_flags(b.addr.to_ip(), b.port.get(), b.flags)?)))
+        .collect()
+}

@@ -1,0 +1,45 @@
+//! `DEVICES`: what the data path knows about network devices.
+
+use std::{collections::BTreeMap, path::Path};
+
+use aya::maps::MapType;
+use lb_common::{device::Device, maps::name};
+
+use super::{MapError, Table};
+use crate::datapath::{DeviceSink, DeviceSinkError};
+
+/// `DEVICES`, by ifindex.
+#[derive(Debug)]
+pub struct Devices(Table<u32, Device>);
+
+impl Devices {
+    /// Opens the map pinned in `dir`.
+    pub fn open(dir: &Path) -> Result<Self, MapError> {
+        Table::open(dir, name::DEVICES, &[MapType::Hash]).map(Self)
+    }
+
+    /// Tells the data path about a device.
+    pub fn put(&self, ifindex: u32, device: Device) -> Result<(), MapError> {
+        self.0.put(&ifindex, &device).map_err(|source| MapError::Write { map: name::DEVICES, source })
+    }
+
+    /// Forgets a device. One that is not known is fine.
+    pub fn delete(&self, ifindex: u32) -> Result<(), MapError> {
+        self.0.delete(&ifindex).map(drop).map_err(|source| MapError::Write { map: name::DEVICES, source })
+    }
+
+    /// All devices that the data path was told about.
+    pub fn all(&self) -> Result<BTreeMap<u32, Device>, MapError> {
+        let entries = self.0.entries().map_err(|source| MapError::Read { map: name::DEVICES, source })?;
+        Ok(entries.into_iter().collect())
+    }
+}
+
+impl DeviceSink for Devices {
+    fn put_device(&self, ifindex: u32, device: Device) -> Result<(), DeviceSinkError> {
+        Ok(self.put(ifindex, device)?)
+    }
+    fn delete_device(&self, ifindex: u32) -> Result<(), DeviceSinkError> {
+        Ok(self.delete(ifindex)?)
+    }
+}

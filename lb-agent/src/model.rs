@@ -1,0 +1,165 @@
+//! The cluster as far as it matters here: Services, their EndpointSlices, this node. No Kubernetes types, no I/O.
+//!
+//! [`convert`] makes these objects from the API's, [`Model::apply`] keeps them and tells which Services to plan again.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+pub mod convert;
+mod names;
+mod object;
+
+use names::Names;
+pub use object::{
+    AddressType, Conditions, Endpoint, EndpointSlice, ExternalPolicy, Hints, InternalPolicy, Node, Service,
+    ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
+};
+
+/// One change of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    Service(Service),
+    DeleteService(ServiceKey),
+    Slice(EndpointSlice),
+    DeleteSlice(SliceKey),
+    Node(Node),
+    DeleteNode(Arc<str>),
+}
+
+/// What a change makes stale.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Dirty {
+    /// Nothing: the object is as it was, or does not matter here.
+    Nothing,
+    /// These Services.
+    Services(Vec<ServiceKey>),
+    /// This node's own zone or addresses changed, and with them possibly every Service.
+    All,
+}
+
+/// All objects that matter to one node, by key.
+#[derive(Clone, Debug)]
+pub struct Model {
+    node_name: Arc<str>,
+    node: Option<Node>,
+    services: BTreeMap<ServiceKey, Service>,
+    /// Slices by the Service that their label names.
+    slices: BTreeMap<ServiceKey, BTreeMap<Arc<str>, EndpointSlice>>,
+    /// Which Service a slice belonged to when it was last seen: its label may change.
+    slice_service: HashMap<SliceKey, ServiceKey>,
+    names: Names,
+}
+
+impl Model {
+    /// An empty model for the node that is called `node_name` in Node objects and in `endpoint.nodeName`.
+    pub fn new(node_name: &str) -> Self {
+        Self {
+            node_name: node_name.into(),
+            node: None,
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            slice_service: HashMap::new(),
+            names: Names::default(),
+        }
+    }
+
+    /// This node's own object, once it is known.
+    pub fn node(&self) -> Option<&Node> {
+        self.node.as_ref()
+    }
+
+    pub fn service(&self, key: &ServiceKey) -> Option<&Service> {
+        self.services.get(key)
+    }
+
+    /// In the order of their keys.
+    pub fn services(&self) -> impl ExactSizeIterator<Item = (&ServiceKey, &Service)> {
+        self.services.iter()
+    }
+
+    /// The slices of a Service, in the order of their names.
+    pub fn slices(&self, service: &ServiceKey) -> impl Iterator<Item = &EndpointSlice> {
+        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// Takes the change in.
+    pub fn apply(&mut self, change: Change) -> Dirty {
+        match change {
+            Change::Service(service) => self.apply_service(service),
+            Change::DeleteService(key) => match self.services.remove(&key) {
+                Some(_) => Dirty::Services(vec![key]),
+                None => Dirty::Nothing,
+            },
+            Change::Slice(slice) => self.apply_slice(slice),
+            Change::DeleteSlice(key) => self.delete_slice(&key),
+            Change::Node(node) if node.name == self.node_name => self.replace_node(Some(node)),
+            Change::DeleteNode(name) if name == self.node_name => self.replace_node(None),
+            // Other nodes' labels and addresses mean nothing here: slices carry the hints.
+            Change::Node(_) | Change::DeleteNode(_) => Dirty::Nothing,
+        }
+    }
+
+    fn apply_service(&mut self, mut service: Service) -> Dirty {
+        self.names.share_key(&mut service.key);
+        if self.services.get(&service.key) == Some(&service) {
+            return Dirty::Nothing;
+        }
+        let key = service.key.clone();
+        self.services.insert(key.clone(), service);
+        Dirty::Services(vec![key])
+    }
+
+    fn apply_slice(&mut self, mut slice: EndpointSlice) -> Dirty {
+        let Some(service) = slice.service.clone() else { return self.delete_slice(&slice.key) };
+        self.names.share_slice(&mut slice);
+        let mut service = ServiceKey { namespace: slice.key.namespace.clone(), name: service };
+        self.names.share_key(&mut service);
+        let known = self.slice_service.get(&slice.key).cloned();
+        let mut dirty = Vec::new();
+        match known {
+            Some(old) if old == service => {
+                if self.slices.get(&service).and_then(|s| s.get(&slice.key.name)) == Some(&slice) {
+                    return Dirty::Nothing;
+                }
+            }
+            Some(old) => {
+                self.remove_from(&old, &slice.key.name);
+                dirty.push(old);
+            }
+            None => {}
+        }
+        self.slice_service.insert(slice.key.clone(), service.clone());
+        self.slices.entry(service.clone()).or_default().insert(slice.key.name.clone(), slice);
+        dirty.push(service);
+        Dirty::Services(dirty)
+    }
+
+    fn delete_slice(&mut self, key: &SliceKey) -> Dirty {
+        let Some(service) = self.slice_service.remove(key) else { return Dirty::Nothing };
+        self.remove_from(&service, &key.name);
+        Dirty::Services(vec![service])
+    }
+
+    fn remove_from(&mut self, service: &ServiceKey, slice: &str) {
+        if let Some(slices) = self.slices.get_mut(service) {
+            slices.remove(slice);
+            if slices.is_empty() {
+                self.slices.remove(service);
+            }
+        }
+    }
+
+    fn replace_node(&mut self, node: Option<Node>) -> Dirty {
+        if self.node == node {
+            return Dirty::Nothing;
+        }
+        self.node = node;
+        Dirty::All
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,180 @@
+//! Backends of one family: which id is which endpoint, who uses it, what the kernel has.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use super::{
+    endpoints::SocketAddr,
+    ids::Ids,
+    op::{Backend, Family, MapOp, Protocol},
+    rejection::Anomaly,
+};
+
+/// What makes a backend: all Services that name it share the id.
+type Key = (IpAddr, u16, Protocol);
+
+/// What the kernel's element says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    No,
+    Remote,
+    Local,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    key: Key,
+    written: Written,
+    /// Records that use it.
+    refs: u32,
+    /// Records that have it in their Local set: an endpoint of this node.
+    local_refs: u32,
+}
+
+impl Entry {
+    fn wanted(&self) -> Written {
+        match (self.refs, self.local_refs) {
+            (0, _) => Written::No,
+            // Slices of different Services may disagree about the node of one endpoint; that it is here wins.
+            (_, 0) => Written::Remote,
+            _ => Written::Local,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Backends {
+    family: Family,
+    ids: Ids,
+    by_key: HashMap<Key, u32>,
+    entries: HashMap<u32, Entry>,
+    /// Ids whose use has changed since the last plan was finished.
+    touched: BTreeSet<u32>,
+    /// Elements that no valid state has.
+    strays: Vec<u32>,
+}
+
+impl Backends {
+    /// What the kernel has, used by nobody yet.
+    pub(super) fn recover(
+        family: Family,
+        capacity: u32,
+        actual: BTreeMap<u32, Backend>,
+        anomalies: &mut Vec<Anomaly>,
+    ) -> Self {
+        let valid = |id: u32, b: &Backend| (1..capacity).contains(&id) && Family::of(b.addr) == family;
+        let used = actual.iter().filter(|(id, b)| valid(**id, b)).map(|(id, _)| *id);
+        let mut backends = Self {
+            family,
+            ids: Ids::new(capacity, used),
+            by_key: HashMap::with_capacity(actual.len()),
+            entries: HashMap::with_capacity(actual.len()),
+            touched: BTreeSet::new(),
+            strays: Vec::new(),
+        };
+        for (id, backend) in actual {
+            if !valid(id, &backend) {
+                anomalies.push(Anomaly::BackendInvalid { family, backend: id, capacity });
+                backends.strays.push(id);
+                continue;
+            }
+            let key = (backend.addr, backend.port, backend.protocol);
+            let first = *backends.by_key.entry(key).or_insert(id);
+            if first != id {
+                anomalies.push(Anomaly::DuplicateBackend { family, first, second: id });
+            }
+            let written = if backend.local { Written::Local } else { Written::Remote };
+            backends.entries.insert(id, Entry { key, written, refs: 0, local_refs: 0 });
+        }
+        backends
+    }
+
+    /// True if `id` is a backend of that protocol.
+    pub(super) fn is(&self, id: u32, protocol: Protocol) -> bool {
+        self.entries.get(&id).is_some_and(|e| e.key.2 == protocol)
+    }
+
+    /// The id of an endpoint, now used by one more record. `None`: all ids are taken.
+    pub(super) fn acquire(&mut self, at: SocketAddr, protocol: Protocol, is_local: bool) -> Option<u32> {
+        let key = (at.0, at.1, protocol);
+        let id = match self.by_key.get(&key) {
+            Some(id) => *id,
+            None => {
+                let id = self.ids.allocate()?;
+                self.by_key.insert(key, id);
+                self.entries.insert(id, Entry { key, written: Written::No, refs: 0, local_refs: 0 });
+                id
+            }
+        };
+        self.hold(id, is_local);
+        Some(id)
+    }
+
+    /// One more record uses `id`.
+    pub(super) fn hold(&mut self, id: u32, is_local: bool) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.refs += 1;
+            entry.local_refs += u32::from(is_local);
+            self.touched.insert(id);
+        }
+    }
+
+    /// One record less uses `id`. What the kernel never had is forgotten at once, the rest by [`Self::finish`].
+    pub(super) fn release(&mut self, id: u32, is_local: bool) {
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.refs -= 1;
+        entry.local_refs -= u32::from(is_local);
+        if entry.refs == 0 && entry.written == Written::No {
+            self.forget(id);
+            self.touched.remove(&id);
+        } else {
+            self.touched.insert(id);
+        }
+    }
+
+    fn forget(&mut self, id: u32) {
+        if let Some(entry) = self.entries.remove(&id) {
+            if self.by_key.get(&entry.key) == Some(&id) {
+                self.by_key.remove(&entry.key);
+            }
+            self.ids.release(id);
+        }
+    }
+
+    /// Has [`Self::finish`] look at all of them: after a restart some are used by nobody.
+    pub(super) fn touch_all(&mut self) {
+        self.touched.extend(self.entries.keys());
+    }
+
+    /// Operations for all changes since the last call: `writes` for before, `clears` for after the grace period.
+    /// Cleared ids are free again.
+    pub(super) fn finish(&mut self, writes: &mut Vec<MapOp>, clears: &mut Vec<MapOp>) {
+        let family = self.family;
+        clears.extend(self.strays.drain(..).map(|id| MapOp::ClearBackend { family, id }));
+        for id in std::mem::take(&mut self.touched) {
+            let Some(entry) = self.entries.get_mut(&id) else { continue };
+            let wanted = entry.wanted();
+            if wanted == entry.written {
+                continue;
+            }
+            entry.written = wanted;
+            if wanted == Written::No {
+                clears.push(MapOp::ClearBackend { family, id });
+                self.forget(id);
+                continue;
+            }
+            let (addr, port, protocol) = entry.key;
+            let backend = Backend { addr, port, protocol, local: wanted == Written::Local };
+            writes.push(MapOp::WriteBackend { id, backend });
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn used(&self) -> usize {
+        assert_eq!(self.entries.len(), self.ids.used());
+        assert_eq!(self.entries.len(), self.by_key.len());
+        self.ids.used()
+    }
+}

@@ -1,0 +1,55 @@
+//! A plan in the making: operations by kind, put in order at the end.
+
+use super::{Retired, op::MapOp, rejection::Rejection};
+
+/// What is freed by a plan is collected here and given back only when the plan is complete: nothing that a packet may
+/// still be using is written to before the plan's own grace period.
+#[derive(Debug, Default)]
+pub(super) struct Draft {
+    pub(super) names: Vec<MapOp>,
+    pub(super) backends: Vec<MapOp>,
+    pub(super) slots: Vec<MapOp>,
+    pub(super) put_members: Vec<MapOp>,
+    pub(super) records: Vec<MapOp>,
+    pub(super) put_frontends: Vec<MapOp>,
+    pub(super) delete_frontends: Vec<MapOp>,
+    pub(super) delete_members: Vec<MapOp>,
+    pub(super) clear_records: Vec<MapOp>,
+    pub(super) clear_backends: Vec<MapOp>,
+    pub(super) freed_runs: Vec<(u32, u32)>,
+    pub(super) freed_records: Vec<u32>,
+    /// Something else that a Service may be waiting for was freed.
+    pub(super) freed: bool,
+    pub(super) rejections: Vec<Rejection>,
+    pub(super) retired: Vec<Retired>,
+}
+
+impl Draft {
+    /// Whether anything is given back.
+    pub(super) fn frees(&self) -> bool {
+        self.freed
+            || !self.freed_runs.is_empty()
+            || !self.freed_records.is_empty()
+            || !self.delete_members.is_empty()
+            || !self.clear_backends.is_empty()
+    }
+
+    /// What is pointed at before what points; removal in reverse, after a grace period.
+    pub(super) fn into_ops(self) -> Vec<MapOp> {
+        // Additions, and changes of one value, replace nothing that is written to again.
+        let grace =
+            !self.freed_runs.is_empty() || !self.clear_records.is_empty() || !self.clear_backends.is_empty();
+        let mut ops = self.names;
+        ops.extend(self.backends);
+        ops.extend(self.slots);
+        ops.extend(self.put_members);
+        ops.extend(self.records);
+        ops.extend(self.put_frontends);
+        ops.extend(self.delete_frontends);
+        ops.extend(self.delete_members);
+        ops.extend(grace.then_some(MapOp::Grace));
+        ops.extend(self.clear_records);
+        ops.extend(self.clear_backends);
+        ops
+    }
+}

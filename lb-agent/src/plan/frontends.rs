@@ -1,0 +1,181 @@
+//! Who claims which frontend, who has it, and what the kernel has.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use lb_common::frontend::FrontendValue;
+
+use super::{
+    draft::Draft,
+    op::{Family, Frontend, MapOp},
+    rejection::{Rejection, Resource},
+};
+use crate::model::ServiceKey;
+
+/// No record has this id.
+const NOBODY: FrontendValue = FrontendValue { service: 0, flags: 0 };
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    kernel: FrontendValue,
+    claim: FrontendValue,
+}
+
+/// Between plans the claim of an entry is that of the Service whose frontend it is.
+#[derive(Clone, Debug)]
+pub(super) struct Frontends {
+    /// Per family.
+    capacity: u32,
+    entries: HashMap<Frontend, Entry>,
+    /// The claims of those who did not get it, rare as they are.
+    waiting: BTreeMap<Frontend, Vec<FrontendValue>>,
+    /// Those whose claims may have changed since the last plan was finished.
+    touched: BTreeSet<Frontend>,
+    in_kernel: Count,
+}
+
+/// Number of elements in the kernel's two maps.
+#[derive(Clone, Debug, Default)]
+struct Count {
+    v4: u32,
+    v6: u32,
+}
+
+impl Count {
+    fn of(&mut self, family: Family) -> &mut u32 {
+        match family {
+            Family::V4 => &mut self.v4,
+            Family::V6 => &mut self.v6,
+        }
+    }
+}
+
+/// Orders claims on one frontend: the smallest has it.
+pub(super) type Rank<'a> = (&'a ServiceKey, &'a str);
+
+impl Frontends {
+    /// What the kernel has, claimed by nobody yet.
+    pub(super) fn recover(capacity: u32, actual: BTreeMap<Frontend, FrontendValue>) -> Self {
+        let mut in_kernel = Count::default();
+        let entry = |(frontend, kernel): (Frontend, FrontendValue)| {
+            *in_kernel.of(Family::of(frontend.addr)) += 1;
+            (frontend, Entry { kernel, claim: NOBODY })
+        };
+        let entries = actual.into_iter().map(entry).collect();
+        Self { capacity, entries, waiting: BTreeMap::new(), touched: BTreeSet::new(), in_kernel }
+    }
+
+    /// `value.service` wants `frontend` from now on; it must not have claimed it yet.
+    pub(super) fn claim(&mut self, frontend: Frontend, value: FrontendValue) {
+        let entry = self.entries.entry(frontend).or_insert(Entry { kernel: NOBODY, claim: NOBODY });
+        if entry.claim == NOBODY {
+            entry.claim = value;
+        } else {
+            self.waiting.entry(frontend).or_default().push(value);
+        }
+        self.touched.insert(frontend);
+    }
+
+    /// `record` does not want `frontend` any more.
+    pub(super) fn withdraw(&mut self, frontend: Frontend, record: u32) {
+        let Some(entry) = self.entries.get_mut(&frontend) else { return };
+        let mut waiting = self.waiting.remove(&frontend).unwrap_or_default();
+        if entry.claim.service == record {
+            entry.claim = waiting.pop().unwrap_or(NOBODY);
+        } else {
+            waiting.retain(|claim| claim.service != record);
+        }
+        if !waiting.is_empty() {
+            self.waiting.insert(frontend, waiting);
+        }
+        self.touched.insert(frontend);
+    }
+
+    /// Has [`Self::finish`] look at a frontend: it may not have fitted before.
+    pub(super) fn touch(&mut self, frontend: Frontend) {
+        self.touched.insert(frontend);
+    }
+
+    /// Has [`Self::finish`] look at all of them: after a restart some are claimed by nobody.
+    pub(super) fn touch_all(&mut self) {
+        self.touched.extend(self.entries.keys());
+    }
+
+    /// Decides all frontends whose claims have changed since the last call.
+    pub(super) fn finish<'a>(&mut self, rank: impl Fn(u32) -> Option<Rank<'a>>, draft: &mut Draft) {
+        let mut deleted = Count::default();
+        for frontend in std::mem::take(&mut self.touched) {
+            self.settle(frontend, &rank);
+            draft.rejections.extend(self.losers(frontend, &rank));
+            let Some(entry) = self.entries.get_mut(&frontend) else { continue };
+            let family = Family::of(frontend.addr);
+            if entry.claim == NOBODY {
+                if entry.kernel != NOBODY {
+                    draft.delete_frontends.push(MapOp::DeleteFrontend { frontend });
+                    *deleted.of(family) += 1;
+                }
+                self.entries.remove(&frontend);
+                continue;
+            }
+            if entry.kernel == entry.claim {
+                continue;
+            }
+            if entry.kernel == NOBODY {
+                // The deletions of this plan come after its additions.
+                let count = self.in_kernel.of(family);
+                if *count >= self.capacity {
+                    draft.rejections.extend(rank(entry.claim.service).map(|(service, record)| {
+                        Rejection::Full {
+                            service: service.clone(),
+                            record: record.to_owned(),
+                            resource: Resource::Frontends(family),
+                            capacity: self.capacity,
+                        }
+                    }));
+                    continue;
+                }
+                *count += 1;
+            }
+            entry.kernel = entry.claim;
+            draft.put_frontends.push(MapOp::PutFrontend { frontend, value: entry.claim });
+        }
+        draft.freed |= deleted.v4 + deleted.v6 > 0;
+        self.in_kernel.v4 -= deleted.v4;
+        self.in_kernel.v6 -= deleted.v6;
+    }
+
+    /// Gives the frontend to the smallest of those who claim it.
+    fn settle<'a>(&mut self, frontend: Frontend, rank: &impl Fn(u32) -> Option<Rank<'a>>) {
+        let (Some(waiting), Some(entry)) = (self.waiting.get_mut(&frontend), self.entries.get_mut(&frontend))
+        else {
+            return;
+        };
+        waiting.push(entry.claim);
+        waiting.sort_by_key(|claim| rank(claim.service));
+        entry.claim = waiting.remove(0);
+    }
+
+    fn losers<'a>(
+        &self,
+        frontend: Frontend,
+        rank: &impl Fn(u32) -> Option<Rank<'a>>,
+    ) -> impl Iterator<Item = Rejection> {
+        let owner = self.entries.get(&frontend).and_then(|e| rank(e.claim.service));
+        self.waiting.get(&frontend).into_iter().flatten().filter_map(move |claim| {
+            let (service, owner) = (rank(claim.service)?.0.clone(), owner?.0.clone());
+            Some(Rejection::FrontendTaken { service, frontend, owner })
+        })
+    }
+
+    /// All claims that lost.
+    pub(super) fn rejections<'a>(
+        &self,
+        rank: impl Fn(u32) -> Option<Rank<'a>>,
+    ) -> impl Iterator<Item = Rejection> {
+        self.waiting.keys().flat_map(move |frontend| self.losers(*frontend, &rank).collect::<Vec<_>>())
+    }
+
+    #[cfg(test)]
+    pub(super) fn used(&self) -> usize {
+        self.entries.len() + self.waiting.len() + (self.in_kernel.v4 + self.in_kernel.v6) as usize
+    }
+}

@@ -1,0 +1,325 @@
+//! Service records: one Service port in one family, and what the kernel has of it.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Arc,
+};
+
+use lb_common::{
+    affinity::{MemberKey, member},
+    frontend::{FrontendValue, ServiceRecord, SlotRange},
+};
+
+use super::{
+    Planner, Retired,
+    desired::DesiredRecord,
+    draft::Draft,
+    endpoints::{Sets, SocketAddr},
+    op::{Family, Frontend, MapOp, Protocol},
+    rejection::{Rejection, Resource},
+};
+use crate::model::ServiceKey;
+
+/// A run of slots and what is in it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Run {
+    pub(super) base: u32,
+    /// Backend ids.
+    pub(super) backends: Box<[u32]>,
+    /// The kernel's range cannot be used: it names nothing, or what belongs to others. It is not this record's to free.
+    pub(super) broken: bool,
+}
+
+impl Run {
+    fn range(&self) -> SlotRange {
+        match self.backends.len() {
+            0 => SlotRange::EMPTY,
+            len => SlotRange::new(self.base, len as u32),
+        }
+    }
+}
+
+/// What is planned of a record is, between plans, what the kernel has.
+#[derive(Clone, Debug)]
+pub(super) struct Record {
+    pub(super) owner: ServiceKey,
+    pub(super) name: Arc<str>,
+    pub(super) family: Family,
+    pub(super) protocol: Protocol,
+    pub(super) kernel: ServiceRecord,
+    pub(super) cluster: Run,
+    pub(super) local: Run,
+    /// Entries of `AFFINITY_MEMBERS`: backend id and bits, sorted by id.
+    pub(super) members: Box<[(u32, u32)]>,
+    /// With flags, sorted.
+    pub(super) claims: Box<[(Frontend, u32)]>,
+    /// Hash of the endpoints that served at the last plan (UDP). 0: not known.
+    pub(super) serving: u64,
+}
+
+impl Record {
+    /// A record that the kernel does not have yet.
+    pub(super) fn new(owner: &ServiceKey, desired: &DesiredRecord) -> Self {
+        Self {
+            owner: owner.clone(),
+            name: desired.name.as_str().into(),
+            family: desired.family,
+            protocol: desired.port.protocol,
+            kernel: ServiceRecord::default(),
+            cluster: Run::default(),
+            local: Run::default(),
+            members: Box::default(),
+            claims: Box::default(),
+            serving: 0,
+        }
+    }
+
+    fn full(&self, resource: Resource, capacity: u32) -> Rejection {
+        let record = self.name.to_string();
+        Rejection::Full { service: self.owner.clone(), record, resource, capacity }
+    }
+
+    /// Each backend of either set once, with its `member` bits, sorted by id.
+    pub(super) fn backends(&self) -> Vec<(u32, u32)> {
+        merge_bits(&self.cluster.backends, &self.local.backends)
+    }
+}
+
+/// Ids of both sets, each once, sorted, with the bits of the sets it is in.
+fn merge_bits(cluster: &[u32], local: &[u32]) -> Vec<(u32, u32)> {
+    let bits = |ids: &[u32], bit| ids.iter().map(|id| (*id, bit)).collect::<Vec<_>>();
+    let mut merged = [bits(cluster, member::CLUSTER), bits(local, member::LOCAL)].concat();
+    merged.sort_unstable();
+    merged.dedup_by(|later, kept| {
+        let same = later.0 == kept.0;
+        if same {
+            kept.1 |= later.1;
+        }
+        same
+    });
+    merged
+}
+
+fn is_local(bits: u32) -> bool {
+    bits & member::LOCAL != 0
+}
+
+/// Both sets as ids.
+#[derive(Debug, Default)]
+struct Held {
+    cluster: Vec<u32>,
+    local: Vec<u32>,
+    /// What to give back if the sets are not used after all: id, and whether it was taken as local.
+    acquired: Vec<(u32, bool)>,
+}
+
+/// Where a set goes.
+enum Placed {
+    /// The kernel has it.
+    Same,
+    New(Run),
+}
+
+impl Planner {
+    /// Makes the record `id` what is desired, as far as there is room: if its sets do not fit, it stays as it was.
+    /// False if nothing of it was planned.
+    pub(super) fn plan_record(
+        &mut self,
+        id: u32,
+        record: &mut Record,
+        desired: &DesiredRecord,
+        draft: &mut Draft,
+    ) -> bool {
+        let mut timeout_s = desired.affinity_timeout_s;
+        if let Err((resource, capacity)) = self.plan_sets(record, &desired.sets, draft) {
+            draft.rejections.push(record.full(resource, capacity));
+            if !record.cluster.broken && !record.local.broken {
+                return false;
+            }
+            // Nothing at all is better than traffic to somebody else's backends.
+            for run in [&mut record.cluster, &mut record.local].into_iter().filter(|run| run.broken) {
+                *run = Run::default();
+            }
+            timeout_s = record.kernel.affinity_timeout_s;
+        }
+        self.plan_members(id, record, timeout_s != 0, draft);
+        let planned = ServiceRecord {
+            cluster: record.cluster.range(),
+            local: record.local.range(),
+            affinity_timeout_s: timeout_s,
+            in_use: 1,
+            _reserved: 0,
+        };
+        if record.kernel != planned {
+            record.kernel = planned;
+            draft.records.push(MapOp::WriteService { service: id, record: planned });
+        }
+        true
+    }
+
+    /// Moves the record to other sets, or leaves everything as it was.
+    fn plan_sets(&mut self, record: &mut Record, sets: &Sets, draft: &mut Draft) -> Result<(), Full> {
+        let held = self.hold(record.family, record.protocol, sets)?;
+        let placed = (self.place(&record.cluster, &held.cluster), self.place(&record.local, &held.local));
+        let (Some(cluster), Some(local)) = placed else {
+            for placed in [placed.0, placed.1] {
+                if let Some(Placed::New(run)) = placed
+                    && !run.backends.is_empty()
+                {
+                    self.slots.release(run.base, run.backends.len() as u32);
+                }
+            }
+            self.give_back(record.family, held.acquired);
+            return Err((Resource::Slots, self.capacities.slots));
+        };
+        // After the new ones are held: what is in both never drops to nobody.
+        for (backend, bits) in record.backends() {
+            self.backends(record.family).release(backend, is_local(bits));
+        }
+        swap(&mut record.cluster, cluster, draft);
+        swap(&mut record.local, local, draft);
+        Ok(())
+    }
+
+    /// Ids for both sets, or none.
+    fn hold(&mut self, family: Family, protocol: Protocol, sets: &Sets) -> Result<Held, Full> {
+        let mut held = Held::default();
+        let backends = self.backends(family);
+        let mut acquire = |at: SocketAddr, is_local: bool, acquired: &mut Vec<(u32, bool)>| {
+            let id = backends.acquire(at, protocol, is_local)?;
+            acquired.push((id, is_local));
+            Some(id)
+        };
+        let cluster = sets.cluster.iter().map(|at| {
+            let is_local = sets.local.binary_search(at).is_ok();
+            acquire(*at, is_local, &mut held.acquired)
+        });
+        let Some(cluster) = cluster.collect::<Option<Vec<u32>>>() else {
+            return Err(self.out_of_backends(family, held));
+        };
+        let local = sets.local.iter().map(|at| match sets.cluster.binary_search(at) {
+            Ok(i) => Some(cluster[i]),
+            Err(_) => acquire(*at, true, &mut held.acquired),
+        });
+        let Some(local) = local.collect::<Option<Vec<u32>>>() else {
+            return Err(self.out_of_backends(family, held));
+        };
+        Ok(Held { cluster, local, acquired: held.acquired })
+    }
+
+    fn out_of_backends(&mut self, family: Family, held: Held) -> Full {
+        self.give_back(family, held.acquired);
+        (Resource::Backends(family), self.capacities.backends)
+    }
+
+    fn give_back(&mut self, family: Family, acquired: Vec<(u32, bool)>) {
+        for (id, is_local) in acquired {
+            self.backends(family).release(id, is_local);
+        }
+    }
+
+    /// `None`: there is no room.
+    fn place(&mut self, run: &Run, backends: &[u32]) -> Option<Placed> {
+        if !run.broken && *run.backends == *backends {
+            return Some(Placed::Same);
+        }
+        let base =
+            if backends.is_empty() { 0 } else { self.slots.allocate(u32::try_from(backends.len()).ok()?)? };
+        Some(Placed::New(Run { base, backends: backends.into(), broken: false }))
+    }
+
+    /// Brings `AFFINITY_MEMBERS` in line with the record's sets. A member that does not fit costs its clients the
+    /// memory, not the service.
+    fn plan_members(&mut self, id: u32, record: &mut Record, affinity: bool, draft: &mut Draft) {
+        let wanted = if affinity { record.backends() } else { Vec::new() };
+        if *wanted == *record.members {
+            return;
+        }
+        let key = |backend| MemberKey { service: id, backend };
+        let mut members = Vec::with_capacity(wanted.len());
+        for (backend, bits) in &wanted {
+            let old = record.members.binary_search_by_key(backend, |m| m.0).map(|i| record.members[i].1);
+            if old.is_err() {
+                if self.members_in_kernel >= self.capacities.members {
+                    continue;
+                }
+                self.members_in_kernel += 1;
+            }
+            if old != Ok(*bits) {
+                draft.put_members.push(MapOp::PutMember { key: key(*backend), bits: *bits });
+            }
+            members.push((*backend, *bits));
+        }
+        if members.len() < wanted.len() {
+            draft.rejections.push(record.full(Resource::Members, self.capacities.members));
+        }
+        let gone = record.members.iter().filter(|m| wanted.binary_search_by_key(&m.0, |w| w.0).is_err());
+        draft.delete_members.extend(gone.map(|m| MapOp::DeleteMember { key: key(m.0) }));
+        record.members = members.into();
+    }
+
+    /// Makes the record claim these frontends and no others.
+    pub(super) fn plan_claims(&mut self, id: u32, record: &mut Record, wanted: &[(Frontend, u32)]) {
+        for (frontend, flags) in &record.claims {
+            if wanted.binary_search(&(*frontend, *flags)).is_err() {
+                self.frontends.withdraw(*frontend, id);
+            }
+        }
+        for (frontend, flags) in wanted {
+            if record.claims.binary_search(&(*frontend, *flags)).is_err() {
+                self.frontends.claim(*frontend, FrontendValue { service: id, flags: *flags });
+            } else {
+                self.frontends.touch(*frontend);
+            }
+        }
+        if *record.claims != *wanted {
+            record.claims = wanted.into();
+        }
+    }
+
+    /// Notes UDP flows to look at.
+    pub(super) fn plan_retirement(&self, id: u32, record: &mut Record, sets: &Sets, draft: &mut Draft) {
+        if record.protocol != Protocol::Udp {
+            return;
+        }
+        // Equal keys on every run: a plan depends on its input alone.
+        let mut hasher = DefaultHasher::new();
+        sets.serving.hash(&mut hasher);
+        let serving = hasher.finish().max(1);
+        if record.serving != serving {
+            record.serving = serving;
+            draft.retired.push(Retired { service: id, family: record.family, serving: sets.serving.clone() });
+        }
+    }
+
+    /// Plans a record that nobody wants any more away.
+    pub(super) fn remove_record(&mut self, id: u32, draft: &mut Draft) {
+        let Some(mut record) = self.records.remove(&id) else { return };
+        self.by_name.remove(&record.name);
+        self.plan_claims(id, &mut record, &[]);
+        self.plan_members(id, &mut record, false, draft);
+        self.plan_retirement(id, &mut record, &Sets::default(), draft);
+        for (backend, bits) in record.backends() {
+            self.backends(record.family).release(backend, is_local(bits));
+        }
+        for run in [&mut record.cluster, &mut record.local] {
+            swap(run, Placed::New(Run::default()), draft);
+        }
+        draft.clear_records.push(MapOp::ClearService { service: id });
+        draft.freed_records.push(id);
+    }
+}
+
+/// What is full, and how much of it there is.
+type Full = (Resource, u32);
+
+fn swap(run: &mut Run, placed: Placed, draft: &mut Draft) {
+    let Placed::New(new) = placed else { return };
+    if !new.backends.is_empty() {
+        draft.slots.push(MapOp::WriteSlots { base: new.base, backends: new.backends.to_vec() });
+    }
+    let old = std::mem::replace(run, new);
+    if !old.broken && !old.backends.is_empty() {
+        draft.freed_runs.push((old.base, old.backends.len() as u32));
+    }
+}

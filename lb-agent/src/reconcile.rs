@@ -1,0 +1,256 @@
+//! The loop: objects in, map operations out.
+//!
+//! [`Core`] holds the model, the planner and the maps, and does the work without waiting for anything but grace periods;
+//! [`Reconciler`] feeds it on a thread of its own: it coalesces events, starts audits, tries again after failures, and
+//! reports to health and metrics.
+
+mod core;
+mod rejections;
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+pub use core::{Core, Kernel, NodeRules, Outcome, SyncError};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::{MissedTickBehavior, interval, sleep, sleep_until, timeout},
+};
+
+use crate::{
+    health::Status,
+    metrics::Metrics,
+    plan::Retired,
+    source::{Event, Object, ObjectRef},
+};
+
+/// How long to collect events after the first one. An endpoint change often comes as several objects.
+const COALESCE: Duration = Duration::from_millis(2);
+/// Most events taken in before they are programmed.
+const BATCH: usize = 4096;
+/// How often the loop shows that it is alive (health::PENDING_LIMIT is a minute).
+const BEAT: Duration = Duration::from_secs(10);
+/// How often the maps are compared with what they should hold (SEMANTICS I7: at most an hour).
+const AUDIT: Duration = Duration::from_secs(3000);
+/// First and longest pause after a failure.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_secs(15);
+/// How long the first plan waits for the node's addresses.
+const ADDRESSES: Duration = Duration::from_secs(5);
+
+/// Why the loop ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the source of objects ended")]
+    SourceEnded,
+    #[error("the thread that programs the maps ended")]
+    Cancelled(#[source] tokio::task::JoinError),
+}
+
+/// What the loop is connected to.
+pub struct Wiring {
+    pub events: mpsc::Receiver<Event>,
+    /// The addresses of this network namespace.
+    pub addresses: watch::Receiver<BTreeSet<IpAddr>>,
+    /// Asks for an audit now.
+    pub audit: Arc<Notify>,
+    /// Flows of UDP records that lost backends.
+    pub retired: mpsc::UnboundedSender<Vec<Retired>>,
+    pub status: Arc<Status>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// The loop that owns everything that is planned and programmed.
+pub struct Reconciler<K> {
+    /// Always there between two turns.
+    core: Option<Box<Core<K>>>,
+    wiring: Wiring,
+    node_name: String,
+    retry: Retry,
+}
+
+/// When to try again after a failure.
+#[derive(Default)]
+struct Retry {
+    pause: Option<Duration>,
+    at: Option<tokio::time::Instant>,
+}
+
+impl Retry {
+    fn failed(&mut self) {
+        let pause = self.pause.map_or(RETRY_FIRST, |p| (p * 2).min(RETRY_MAX));
+        self.pause = Some(pause);
+        self.at = Some(tokio::time::Instant::now() + pause);
+    }
+}
+
+impl<K: Kernel + Send + 'static> Reconciler<K> {
+    pub fn new(core: Core<K>, node_name: &str, wiring: Wiring) -> Self {
+        Self { core: Some(Box::new(core)), wiring, node_name: node_name.into(), retry: Retry::default() }
+    }
+
+    /// Runs until the source ends. Nothing is programmed before the source has sent everything it knew at start.
+    pub async fn run(mut self) -> Result<(), Error> {
+        loop {
+            let event = self.wiring.events.recv().await.ok_or(Error::SourceEnded)?;
+            if self.take(event)? {
+                break;
+            }
+        }
+        // NodePorts need the node's addresses, which the device watcher tells once it has looked.
+        let known = self.wiring.addresses.wait_for(|a| !a.is_empty());
+        if timeout(ADDRESSES, known).await.is_err() {
+            tracing::warn!("the addresses of this node are still unknown: NodePorts follow later");
+        }
+        self.wiring.status.queued(Instant::now());
+        self.sync().await?;
+        let mut beat = interval(BEAT);
+        let mut audit = interval(AUDIT);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        audit.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        audit.reset();
+        let requested = self.wiring.audit.clone();
+        loop {
+            let retry_at = self.retry.at;
+            tokio::select! {
+                event = self.wiring.events.recv() => {
+                    self.take(event.ok_or(Error::SourceEnded)?)?;
+                    self.drain().await?;
+                    self.sync_unless_waiting().await?;
+                }
+                changed = self.wiring.addresses.changed() => {
+                    if changed.is_err() {
+                        // The watcher is gone with the rest of the agent, or will be started again by it.
+                        sleep(BEAT).await;
+                    }
+                    self.sync_unless_waiting().await?;
+                }
+                _ = beat.tick() => self.wiring.status.beat(Instant::now()),
+                _ = audit.tick() => self.audit().await?,
+                () = requested.notified() => self.audit().await?,
+                () = until(retry_at) => self.sync().await?,
+            }
+        }
+    }
+
+    fn core(&mut self) -> Result<&mut Core<K>, Error> {
+        // Only `blocking` takes it out, and ends the loop if it cannot put it back.
+        self.core.as_deref_mut().ok_or(Error::SourceEnded)
+    }
+
+    /// Takes in one event; true for the one that says that everything known at start has been sent.
+    fn take(&mut self, event: Event) -> Result<bool, Error> {
+        self.note_node(&event);
+        let core = self.core()?;
+        match event {
+            Event::Apply(object) => core.apply(&object),
+            Event::Delete(object) => core.delete(&object),
+            Event::Synced => return Ok(true),
+        }
+        if core.is_dirty() && core.is_started() {
+            self.wiring.status.queued(Instant::now());
+        }
+        Ok(false)
+    }
+
+    /// This node's own object also decides what /healthz says.
+    fn note_node(&self, event: &Event) {
+        match event {
+            Event::Apply(Object::Node(node)) if node.metadata.name.as_deref() == Some(&self.node_name) => {
+                self.wiring.status.node_applied(node);
+            }
+            Event::Delete(ObjectRef { kind: crate::source::Kind::Node, name, .. })
+                if *name == self.node_name =>
+            {
+                self.wiring.status.node_deleted();
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes in what else has come, and what comes within a moment.
+    async fn drain(&mut self) -> Result<(), Error> {
+        sleep(COALESCE).await;
+        for _ in 0..BATCH {
+            match self.wiring.events.try_recv() {
+                Ok(event) => drop(self.take(event)?),
+                Err(_) => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// After a failure everything is read again, which is too much work for every event: it waits for the retry.
+    async fn sync_unless_waiting(&mut self) -> Result<(), Error> {
+        if self.retry.at.is_none() { self.sync().await } else { Ok(()) }
+    }
+
+    async fn sync(&mut self) -> Result<(), Error> {
+        let addresses = self.wiring.addresses.borrow_and_update().clone();
+        self.blocking(move |core| core.sync(&addresses)).await
+    }
+
+    async fn audit(&mut self) -> Result<(), Error> {
+        let addresses = self.wiring.addresses.borrow_and_update().clone();
+        self.blocking(move |core| core.audit(&addresses)).await
+    }
+
+    /// Works on a thread where waiting for the kernel is allowed.
+    async fn blocking(
+        &mut self,
+        work: impl FnOnce(&mut Core<K>) -> Result<Outcome, SyncError> + Send + 'static,
+    ) -> Result<(), Error> {
+        let Some(mut core) = self.core.take() else { return Ok(()) };
+        let begun = Instant::now();
+        let task = tokio::task::spawn_blocking(move || {
+            let result = work(&mut core);
+            (core, result)
+        });
+        let (core, result) = task.await.map_err(Error::Cancelled)?;
+        self.core = Some(core);
+        self.report(begun.elapsed(), result);
+        Ok(())
+    }
+
+    fn report(&mut self, took: Duration, result: Result<Outcome, SyncError>) {
+        let Wiring { status, metrics, retired, .. } = &self.wiring;
+        status.beat(Instant::now());
+        match result {
+            Ok(outcome) => {
+                self.retry = Retry::default();
+                status.programmed(SystemTime::now());
+                status.mark_ready();
+                if outcome.ran {
+                    metrics.synced(took, true);
+                }
+                for (kind, count) in &outcome.operations {
+                    metrics.operations(kind, *count);
+                }
+                metrics.set_rejected(outcome.rejected);
+                if !outcome.retired.is_empty() {
+                    // Without a sweeper the flows run into their timeouts.
+                    let _ = retired.send(outcome.retired);
+                }
+            }
+            Err(error) => {
+                self.retry.failed();
+                metrics.synced(took, false);
+                tracing::error!(error = %crate::chain(&error), "cannot program the maps; trying again");
+            }
+        }
+    }
+}
+
+async fn until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+#[path = "reconcile/loop_tests.rs"]
+mod tests;

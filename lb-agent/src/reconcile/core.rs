@@ -1,0 +1,259 @@
+//! One turn of the loop, without the loop: what changed, what to do about it, doing it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+
+use super::rejections::Rejections;
+use crate::{
+    maps::{Applied, MapError, Maps, Refused},
+    model::{Dirty, Model, ServiceKey, convert},
+    plan::{ActualState, Capacities, MapOp, NodeView, Plan, Planner, Retired, nodeport::nodeport_addresses},
+    settings::NodePortAddresses,
+    source::{Object, ObjectRef},
+};
+
+/// Plans that free room are followed by another one for whoever waits for it: at most so many times in one turn.
+const ROUNDS: usize = 8;
+
+/// The maps as the loop needs them. Implemented by [`Maps`] alone, and by a stand-in in tests.
+pub trait Kernel {
+    fn capacities(&self) -> Capacities;
+    fn read_actual(&self) -> Result<ActualState, MapError>;
+    fn apply(&mut self, ops: &[MapOp]) -> Result<Applied, MapError>;
+}
+
+impl Kernel for Maps {
+    fn capacities(&self) -> Capacities {
+        Maps::capacities(self)
+    }
+    fn read_actual(&self) -> Result<ActualState, MapError> {
+        Maps::read_actual(self)
+    }
+    fn apply(&mut self, ops: &[MapOp]) -> Result<Applied, MapError> {
+        Maps::apply(self, ops)
+    }
+}
+
+/// Why a turn failed. The next one reads the maps again.
+#[derive(Debug, thiserror::Error)]
+pub enum SyncError {
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The rest of the plan was carried out.
+    #[error("{first}{}", and_more(*.more))]
+    Refused { more: usize, first: Refused },
+}
+
+fn and_more(n: usize) -> String {
+    if n == 0 { String::new() } else { format!(" (and {n} more kinds of writes)") }
+}
+
+/// What a turn did.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// There was something to plan.
+    pub ran: bool,
+    /// Operations by kind.
+    pub operations: BTreeMap<&'static str, u64>,
+    /// What is left out at present, by reason.
+    pub rejected: BTreeMap<&'static str, i64>,
+    /// UDP flows that have to be checked.
+    pub retired: Vec<Retired>,
+}
+
+/// The settings that planning needs.
+#[derive(Clone, Debug)]
+pub struct NodeRules {
+    pub name: String,
+    pub nodeport_addresses: NodePortAddresses,
+    pub allow_external_ips: Vec<IpNet>,
+}
+
+/// The model, the planner and the maps.
+pub struct Core<K> {
+    kernel: K,
+    model: Model,
+    /// `None` until the maps have been read, and after a failure.
+    planner: Option<Planner>,
+    rules: NodeRules,
+    /// As of the last plan.
+    view: Option<NodeView>,
+    dirty: BTreeSet<ServiceKey>,
+    all_dirty: bool,
+    rejections: Rejections,
+}
+
+impl<K: Kernel> Core<K> {
+    pub fn new(kernel: K, rules: NodeRules) -> Self {
+        Self {
+            kernel,
+            model: Model::new(&rules.name),
+            planner: None,
+            rules,
+            view: None,
+            dirty: BTreeSet::new(),
+            all_dirty: false,
+            rejections: Rejections::default(),
+        }
+    }
+
+    /// Takes in a new or changed object. A part that cannot be understood is left out and said; of an object that
+    /// cannot be understood at all, the last good state stays.
+    pub fn apply(&mut self, object: &Object) {
+        match convert::object(object) {
+            Ok(converted) => {
+                self.rejections.converted(object.reference(), converted.rejections);
+                let dirty = self.model.apply(converted.object);
+                self.mark(dirty);
+            }
+            Err(rejection) => self.rejections.converted(object.reference(), vec![rejection]),
+        }
+    }
+
+    /// Takes in that an object is gone.
+    pub fn delete(&mut self, object: &ObjectRef) {
+        self.rejections.deleted(object);
+        let dirty = self.model.apply(convert::deleted(object));
+        self.mark(dirty);
+    }
+
+    fn mark(&mut self, dirty: Dirty) {
+        match dirty {
+            Dirty::Nothing => {}
+            Dirty::Services(keys) => self.dirty.extend(keys),
+            Dirty::All => self.all_dirty = true,
+        }
+    }
+
+    /// Something has changed since the last turn.
+    pub fn is_dirty(&self) -> bool {
+        self.all_dirty || !self.dirty.is_empty()
+    }
+
+    /// There has been a first turn.
+    pub fn is_started(&self) -> bool {
+        self.view.is_some()
+    }
+
+    /// Programs what has changed: work in proportion to that. `local` are the addresses of this network namespace.
+    pub fn sync(&mut self, local: &BTreeSet<IpAddr>) -> Result<Outcome, SyncError> {
+        let view = self.look_at_node(local);
+        // A changed view changes every Service; a change of the node that leaves the view as it was changes none.
+        let all = self.view.as_ref() != Some(&view);
+        self.all_dirty = false;
+        let dirty = std::mem::take(&mut self.dirty);
+        let mut outcome =
+            Outcome { ran: all || !dirty.is_empty() || self.planner.is_none(), ..Outcome::default() };
+        self.view = Some(view.clone());
+        let result = self.program(&view, all, &dirty, &mut outcome);
+        outcome.rejected = self.rejections.by_reason();
+        result.map(|()| outcome)
+    }
+
+    /// Reads all maps, compares them with what they should hold, repairs what differs.
+    pub fn audit(&mut self, local: &BTreeSet<IpAddr>) -> Result<Outcome, SyncError> {
+        // What is due anyway is no damage.
+        let mut outcome = self.sync(local)?;
+        self.planner = None;
+        let audit = self.sync(local)?;
+        let repaired: u64 = audit.operations.values().sum();
+        if repaired > 0 {
+            tracing::warn!(operations = repaired, "the maps were not as they should be: repaired");
+        }
+        for (kind, n) in audit.operations {
+            *outcome.operations.entry(kind).or_insert(0) += n;
+        }
+        outcome.retired.extend(audit.retired);
+        Ok(Outcome { ran: true, rejected: audit.rejected, ..outcome })
+    }
+
+    fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
+        let node = self.model.node();
+        NodeView {
+            name: Arc::from(self.rules.name.as_str()),
+            zone: node.and_then(|n| n.zone.clone()),
+            nodeport_addresses: nodeport_addresses(&self.rules.nodeport_addresses, local, node),
+            allow_external_ips: self.rules.allow_external_ips.clone(),
+        }
+    }
+
+    fn program(
+        &mut self,
+        view: &NodeView,
+        all: bool,
+        dirty: &BTreeSet<ServiceKey>,
+        outcome: &mut Outcome,
+    ) -> Result<(), SyncError> {
+        // Until the plan has been carried out, the planner is ahead of the maps: an error on the way drops it.
+        let (mut planner, recovered) = match self.planner.take() {
+            Some(planner) => (planner, false),
+            None => (self.recover()?, true),
+        };
+        let mut plan = if all || recovered {
+            planner.plan_all(&self.model, view)
+        } else {
+            planner.plan_services(&self.model, view, dirty)
+        };
+        for _ in 0..ROUNDS {
+            self.carry_out(&mut plan, outcome)?;
+            if !plan.retry {
+                break;
+            }
+            plan = planner.plan_services(&self.model, view, []);
+        }
+        self.rejections.planned(planner.rejections());
+        self.planner = Some(planner);
+        Ok(())
+    }
+
+    fn recover(&self) -> Result<Planner, SyncError> {
+        let actual = self.kernel.read_actual()?;
+        let (planner, anomalies) = Planner::recover(self.kernel.capacities(), actual);
+        for anomaly in anomalies {
+            tracing::warn!(%anomaly, "the maps hold something that no complete plan leaves behind: it will be repaired");
+        }
+        Ok(planner)
+    }
+
+    fn carry_out(&mut self, plan: &mut Plan, outcome: &mut Outcome) -> Result<(), SyncError> {
+        if plan.ops.is_empty() {
+            return Ok(());
+        }
+        let mut applied = self.kernel.apply(&plan.ops)?;
+        for op in &plan.ops {
+            *outcome.operations.entry(kind(op)).or_insert(0) += 1;
+        }
+        outcome.retired.append(&mut plan.retired);
+        tracing::debug!(operations = plan.ops.len(), "programmed");
+        match applied.refused.len() {
+            0 => Ok(()),
+            n => Err(SyncError::Refused { more: n - 1, first: applied.refused.swap_remove(0) }),
+        }
+    }
+}
+
+/// An operation's kind, as metrics call it.
+fn kind(op: &MapOp) -> &'static str {
+    match op {
+        MapOp::NameService { .. } => "name_service",
+        MapOp::WriteBackend { .. } => "write_backend",
+        MapOp::WriteSlots { .. } => "write_slots",
+        MapOp::PutMember { .. } => "put_member",
+        MapOp::WriteService { .. } => "write_service",
+        MapOp::PutFrontend { .. } => "put_frontend",
+        MapOp::DeleteFrontend { .. } => "delete_frontend",
+        MapOp::DeleteMember { .. } => "delete_member",
+        MapOp::Grace => "grace",
+        MapOp::ClearService { .. } => "clear_service",
+        MapOp::ClearBackend { .. } => "clear_backend",
+    }
+}
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+pub(super) mod tests;

@@ -1,0 +1,120 @@
+use std::sync::Mutex;
+
+use super::{
+    core::tests::{FakeKernel, rules, service, slice},
+    *,
+};
+use crate::{
+    maps::{Applied, MapError},
+    plan::{ActualState, Capacities, MapOp},
+    source::status::SourceStatus,
+};
+
+/// A kernel that the test can look into while the loop has it.
+#[derive(Clone, Default)]
+struct Shared(Arc<Mutex<FakeKernel>>);
+
+impl Kernel for Shared {
+    fn capacities(&self) -> Capacities {
+        self.0.lock().unwrap().capacities()
+    }
+    fn read_actual(&self) -> Result<ActualState, MapError> {
+        self.0.lock().unwrap().read_actual()
+    }
+    fn apply(&mut self, ops: &[MapOp]) -> Result<Applied, MapError> {
+        self.0.lock().unwrap().apply(ops)
+    }
+}
+
+struct Running {
+    kernel: Shared,
+    events: mpsc::Sender<Event>,
+    addresses: watch::Sender<BTreeSet<IpAddr>>,
+    audit: Arc<Notify>,
+    status: Arc<Status>,
+    task: tokio::task::JoinHandle<Result<(), Error>>,
+}
+
+fn start() -> Running {
+    let kernel = Shared::default();
+    let (events_in, events) = mpsc::channel(16);
+    let (addresses_in, addresses) = watch::channel(BTreeSet::from([[192, 168, 0, 1].into()]));
+    let (retired, _) = mpsc::unbounded_channel();
+    let status = Arc::new(Status::default());
+    let audit = Arc::new(Notify::new());
+    let metrics = Arc::new(Metrics::new(Arc::new(SourceStatus::default()), status.clone()));
+    let wiring = Wiring { events, addresses, audit: audit.clone(), retired, status: status.clone(), metrics };
+    let reconciler = Reconciler::new(Core::new(kernel.clone(), rules()), "node1", wiring);
+    let task = tokio::spawn(reconciler.run());
+    Running { kernel, events: events_in, addresses: addresses_in, audit, status, task }
+}
+
+impl Running {
+    async fn frontends(&self, n: usize) {
+        let there = async {
+            while self.kernel.0.lock().unwrap().state.frontends.len() != n {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), there).await.expect("frontends in time");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_programmed_before_the_source_is_in_sync() {
+    let mut running = start();
+    // More events than the channel holds: all but the last 16 have certainly been taken in.
+    for i in 0..50 {
+        running.events.send(Event::Apply(service(i))).await.unwrap();
+        running.events.send(Event::Apply(slice(i, &[i]))).await.unwrap();
+    }
+    assert!(running.kernel.0.lock().unwrap().plans.is_empty() && !running.status.is_ready());
+    running.events.send(Event::Synced).await.unwrap();
+    running.frontends(50).await;
+    assert_eq!(running.kernel.0.lock().unwrap().plans.len(), 1, "one plan for all");
+    running.events.send(Event::Apply(service(50))).await.unwrap();
+    running.frontends(51).await;
+    assert!(running.status.is_ready());
+    drop(running.events);
+    let ended = timeout(Duration::from_secs(20), &mut running.task).await.unwrap().unwrap();
+    assert!(matches!(ended, Err(Error::SourceEnded)));
+}
+
+#[tokio::test]
+async fn a_failure_is_tried_again_without_an_event() {
+    let running = start();
+    running.kernel.0.lock().unwrap().refuse = 2;
+    running.events.send(Event::Apply(service(0))).await.unwrap();
+    running.events.send(Event::Synced).await.unwrap();
+    running.frontends(1).await;
+    assert_eq!(running.kernel.0.lock().unwrap().plans.len(), 3);
+    running.task.abort();
+}
+
+#[tokio::test]
+async fn an_audit_runs_on_demand() {
+    let running = start();
+    running.events.send(Event::Apply(service(0))).await.unwrap();
+    running.events.send(Event::Synced).await.unwrap();
+    running.frontends(1).await;
+    running.kernel.0.lock().unwrap().state.frontends.clear();
+    running.audit.notify_one();
+    running.frontends(1).await;
+    running.task.abort();
+}
+
+#[tokio::test]
+async fn addresses_that_come_later_are_taken_in() {
+    let running = start();
+    let crate::source::Object::Service(mut web) = service(0) else { panic!("a Service") };
+    let spec = web.spec.as_mut().unwrap();
+    spec.type_ = Some("NodePort".into());
+    spec.ports.as_mut().unwrap()[0].node_port = Some(30080);
+    running.events.send(Event::Apply(crate::source::Object::Service(web))).await.unwrap();
+    running.events.send(Event::Synced).await.unwrap();
+    running.frontends(2).await;
+    let more = BTreeSet::from([[192, 168, 0, 1].into(), [192, 168, 0, 2].into()]);
+    running.addresses.send(more).unwrap();
+    running.frontends(3).await;
+    running.task.abort();
+}

@@ -1,0 +1,194 @@
+//! The whole agent, from settings to its end: starts every part, connects them, waits for a signal.
+
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+
+use lb_common::LAYOUT_VERSION;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{Notify, mpsc, watch},
+    task::JoinSet,
+    time::sleep,
+};
+
+use crate::{
+    datapath::{self, Datapath, Role},
+    health::Status,
+    http,
+    maps::{Devices, MapError, Maps, Scrape},
+    metrics::Metrics,
+    reconcile::{self, Core, NodeRules, Reconciler, Wiring},
+    settings::Settings,
+    source::{self, status::SourceStatus},
+    sweep::{FlowEntries, SweepError, Sweeper},
+};
+
+/// Events that a source can be ahead of the loop.
+const EVENTS: usize = 1024;
+/// Pause before devices are watched again after that failed.
+const WATCH_AGAIN: Duration = Duration::from_secs(5);
+/// How often the number of devices is told to the metrics.
+const DEVICE_GAUGES: Duration = Duration::from_secs(5);
+
+/// Why the agent ended. The data path stays in place in any case.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the data path cannot be set up")]
+    Datapath(#[from] datapath::Error),
+    #[error(transparent)]
+    Map(#[from] MapError),
+    #[error("flows cannot be expired")]
+    Sweep(#[from] SweepError),
+    #[error("objects cannot be read")]
+    Source(#[from] source::Error),
+    #[error(transparent)]
+    Reconcile(#[from] reconcile::Error),
+    #[error("signals cannot be received")]
+    Signals(#[source] io::Error),
+    #[error("a part of the agent ended unexpectedly")]
+    Ended,
+    #[error("a part of the agent broke down")]
+    Broken(#[source] tokio::task::JoinError),
+}
+
+/// Runs the agent until it is told to stop (SIGTERM, SIGINT). SIGUSR1 asks for an audit of the maps.
+pub async fn run(settings: Settings) -> Result<(), Error> {
+    let signals = Signals::listen().map_err(Error::Signals)?;
+    let settings = Arc::new(settings);
+    let for_start = settings.clone();
+    // Loading runs the verifier: seconds on a slow machine.
+    let started = tokio::task::spawn_blocking(move || Datapath::start(&for_start)).await;
+    let datapath = Arc::new(started.map_err(Error::Broken)??);
+    let audit = Arc::new(Notify::new());
+    let mut parts = start(&settings, &datapath, audit.clone())?;
+    tracing::info!(node = settings.node_name, state_dir = %settings.state_dir.display(), "running");
+    let result = tokio::select! {
+        signal = signals.wait(&audit) => {
+            tracing::info!(signal, "stopping; Services stay as they are");
+            Ok(())
+        }
+        ended = parts.join_next() => match ended {
+            Some(Ok(Err(error))) => Err(error),
+            Some(Err(error)) => Err(Error::Broken(error)),
+            // None of the parts ends by itself.
+            Some(Ok(Ok(()))) | None => Err(Error::Ended),
+        },
+    };
+    // Ends at the next await; a plan that is being carried out is finished, as its thread is waited for.
+    parts.shutdown().await;
+    result
+}
+
+type Parts = JoinSet<Result<(), Error>>;
+
+/// Opens the maps and starts every part as a task.
+fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> Result<Parts, Error> {
+    let dir = settings.state_dir.join(format!("v{LAYOUT_VERSION}"));
+    let pins = dir.join("maps");
+    let flow_entries = Arc::new(FlowEntries::default());
+    let (source_status, status) = (Arc::new(SourceStatus::default()), Arc::new(Status::default()));
+    let metrics = Arc::new(Metrics::new(source_status.clone(), status.clone()));
+    metrics.set_datapath(Arc::new(Scrape::open(&pins, flow_entries.clone())?));
+    let (events_in, events) = mpsc::channel(EVENTS);
+    let (retired_in, retired) = mpsc::unbounded_channel();
+    let (addresses_in, addresses) = watch::channel(Default::default());
+
+    let rules = NodeRules {
+        name: settings.node_name.clone(),
+        nodeport_addresses: settings.nodeport_addresses.clone(),
+        allow_external_ips: settings.allow_external_ips.clone(),
+    };
+    let wiring = Wiring {
+        events,
+        addresses,
+        audit,
+        retired: retired_in,
+        status: status.clone(),
+        metrics: metrics.clone(),
+    };
+    let reconciler = Reconciler::new(Core::new(Maps::open(&pins)?, rules), &settings.node_name, wiring);
+    let sweeper = Sweeper::open(&dir, settings.timeouts, flow_entries)?;
+    let devices = Arc::new(Devices::open(&pins)?);
+
+    let mut parts = Parts::new();
+    parts.spawn(forever(http::serve(
+        settings.healthz_bind_address,
+        settings.metrics_bind_address,
+        status,
+        metrics.clone(),
+    )));
+    parts.spawn(forever(watch_devices(datapath.clone(), devices, addresses_in)));
+    parts.spawn(forever(count_devices(datapath.clone(), metrics)));
+    parts.spawn(forever(sweeper.run(retired)));
+    parts.spawn(async move { Ok(reconciler.run().await?) });
+    let (from, node) = (settings.source.clone(), settings.node_name.clone());
+    parts.spawn(async move { Ok(source::run(from, node, events_in, source_status).await?) });
+    Ok(parts)
+}
+
+async fn forever(part: impl Future<Output = ()>) -> Result<(), Error> {
+    part.await;
+    // With all addresses turned off there is nothing to serve, which is fine.
+    std::future::pending().await
+}
+
+/// Follows the devices. What is attached stays so when that fails: it is tried again.
+async fn watch_devices(
+    datapath: Arc<Datapath>,
+    devices: Arc<Devices>,
+    addresses: watch::Sender<std::collections::BTreeSet<std::net::IpAddr>>,
+) {
+    loop {
+        let Err(error) = datapath.follow_devices(devices.clone(), addresses.clone()).await;
+        tracing::error!(error = %crate::chain(&error), "devices cannot be watched; trying again");
+        sleep(WATCH_AGAIN).await;
+    }
+}
+
+async fn count_devices(datapath: Arc<Datapath>, metrics: Arc<Metrics>) {
+    let mut counts: BTreeMap<&'static str, i64> = BTreeMap::new();
+    loop {
+        counts.values_mut().for_each(|n| *n = 0);
+        for device in datapath.attached() {
+            let role = match device.role {
+                Role::External => "external",
+                Role::Pod => "pod",
+            };
+            *counts.entry(role).or_default() += 1;
+        }
+        for (role, n) in &counts {
+            metrics.set_devices(role, *n);
+        }
+        sleep(DEVICE_GAUGES).await;
+    }
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    user1: Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+            user1: signal(SignalKind::user_defined1())?,
+        })
+    }
+
+    /// Waits for the one that ends the agent.
+    async fn wait(mut self, audit: &Notify) -> &'static str {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return "SIGTERM",
+                _ = self.interrupt.recv() => return "SIGINT",
+                // Not the end of a daemon whose terminal goes; nothing to reload either, sources are watched.
+                _ = self.hangup.recv() => {}
+                _ = self.user1.recv() => audit.notify_one(),
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Objects from the API server: list and watch, for ever.
+//!
+//! `kube::runtime::watcher` lists, watches and resumes; this module decides when to start over, remembers which objects
+//! were sent so that a fresh list can take back those that are gone, and says once when something is wrong.
+
+mod connect;
+mod link;
+
+use std::{
+    collections::BTreeSet,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::StreamExt as _;
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, Client, Resource,
+    runtime::{
+        utils::Backoff as _,
+        watcher::{self, DefaultBackoff},
+    },
+};
+use serde::de::DeserializeOwned;
+use tokio::{sync::mpsc, time::timeout};
+
+pub use self::connect::{Error, client};
+use self::link::{Link, Links};
+use super::{
+    Closed, Event, Kind, Object, ObjectRef, send,
+    status::SourceStatus,
+    strip::{FOREIGN_LABELS, Strip},
+};
+
+/// A failed watch that is silent for this long after it was tried again stands: the watcher tells of failures at once (or
+/// after the time to connect), but never of success.
+const STANDS_AFTER: Duration = connect::CONNECT_TIMEOUT.saturating_add(Duration::from_secs(5));
+
+/// Sends all Services, EndpointSlices and this node's object, then [`Event::Synced`], then every change, until the
+/// receiver is gone. While the API server is away, nothing is sent.
+pub async fn run(client: Client, node_name: &str, tx: mpsc::Sender<Event>, status: Arc<SourceStatus>) {
+    // Lists are of the most recent state: after a restart, an old state from another server's cache could bring endpoints
+    // back that are long gone. In pages, so that neither side holds a whole large cluster at once.
+    let foreign = FOREIGN_LABELS.map(|label| format!("!{label}")).join(",");
+    let ours = watcher::Config::default().labels(&foreign).page_size(500);
+    let node = watcher::Config::default().fields(&format!("metadata.name={node_name}"));
+    let source = Source {
+        tx: tx.clone(),
+        to_sync: Arc::new(AtomicUsize::new(3)),
+        links: Arc::new(Links::new(status.clone())),
+        status,
+    };
+    let all = async {
+        tokio::join!(
+            source.watch(Api::<Service>::all(client.clone()), Kind::Service, ours.clone()),
+            source.watch(Api::<EndpointSlice>::all(client.clone()), Kind::EndpointSlice, ours),
+            source.watch(Api::<Node>::all(client), Kind::Node, node),
+        )
+    };
+    tokio::select! {
+        () = tx.closed() => {}
+        _ = all => {}
+    }
+}
+
+/// What the watches of all kinds share.
+struct Source {
+    tx: mpsc::Sender<Event>,
+    /// How many kinds have not been listed yet.
+    to_sync: Arc<AtomicUsize>,
+    links: Arc<Links>,
+    status: Arc<SourceStatus>,
+}
+
+impl Source {
+    /// Watches one kind until the receiver is gone.
+    async fn watch<K>(&self, api: Api<K>, kind: Kind, config: watcher::Config) -> Result<(), Closed>
+    where
+        K: Resource + Strip + Into<Object> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+    {
+        let mut link = Link::new(kind, self.links.clone(), self.status.clone());
+        let mut known = Known::new(kind);
+        let mut backoff = DefaultBackoff::default();
+        loop {
+            let mut stream = pin!(watcher::watcher(api.clone(), config.clone()));
+            loop {
+                let next = if link.is_failing() {
+                    match timeout(STANDS_AFTER, stream.next()).await {
+                        Ok(next) => next,
+                        Err(_) => {
+                            link.works();
+                            continue;
+                        }
+                    }
+                } else {
+                    stream.next().await
+                };
+                match next {
+                    Some(Ok(event)) => {
+                        match &event {
+                            // Only says that a list is about to be asked for.
+                            watcher::Event::Init => {}
+                            // A list that works says nothing about the watch after it.
+                            watcher::Event::InitApply(_) | watcher::Event::InitDone => link.works(),
+                            watcher::Event::Apply(_) | watcher::Event::Delete(_) => {
+                                link.works();
+                                backoff.reset();
+                            }
+                        }
+                        self.take(event, &mut known).await?;
+                    }
+                    Some(Err(error)) => {
+                        let stale = link::is_stale(&error);
+                        link.failed(&error, stale);
+                        tokio::time::sleep(backoff.next().unwrap_or(Duration::from_secs(30))).await;
+                        if stale {
+                            break;
+                        }
+                    }
+                    // The watcher never ends; should it, it is started anew.
+                    None => break,
+                }
+            }
+        }
+    }
+
+    /// Passes on what one event of the watcher means.
+    async fn take<K>(&self, event: watcher::Event<K>, known: &mut Known) -> Result<(), Closed>
+    where
+        K: Resource + Strip + Into<Object>,
+    {
+        match event {
+            watcher::Event::Init => known.listed.clear(),
+            watcher::Event::InitApply(object) => {
+                let object = strip(object);
+                known.listed.insert(object.reference());
+                self.apply(object, known).await?;
+            }
+            watcher::Event::Apply(object) => self.apply(strip(object), known).await?,
+            watcher::Event::Delete(object) => {
+                let reference = strip(object).reference();
+                // Also for an object that does not match the selector any more.
+                if known.sent.remove(&reference) {
+                    send(&self.tx, &self.status, Event::Delete(reference)).await?;
+                }
+            }
+            watcher::Event::InitDone => {
+                self.status.count_relist();
+                let listed = std::mem::take(&mut known.listed);
+                let gone: Vec<_> = known.sent.difference(&listed).cloned().collect();
+                known.sent = listed;
+                for reference in gone {
+                    send(&self.tx, &self.status, Event::Delete(reference)).await?;
+                }
+                self.listed(known).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply(&self, object: Object, known: &mut Known) -> Result<(), Closed> {
+        known.sent.insert(object.reference());
+        send(&self.tx, &self.status, Event::Apply(object)).await
+    }
+
+    /// A kind is complete. Whoever completes the last one says so: everything sent before is in the channel by then.
+    async fn listed(&self, known: &mut Known) -> Result<(), Closed> {
+        if std::mem::replace(&mut known.complete, true) {
+            return Ok(());
+        }
+        tracing::info!(kind = %known.kind, objects = known.sent.len(), "listed");
+        if self.to_sync.fetch_sub(1, Ordering::AcqRel) == 1 {
+            send(&self.tx, &self.status, Event::Synced).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What the receiver knows of one kind.
+struct Known {
+    kind: Kind,
+    sent: BTreeSet<ObjectRef>,
+    /// Seen in the list that is being read. A list that breaks off leaves `sent` as it is: nothing is taken back then.
+    listed: BTreeSet<ObjectRef>,
+    /// The first list is complete.
+    complete: bool,
+}
+
+impl Known {
+    fn new(kind: Kind) -> Self {
+        Self { kind, sent: BTreeSet::new(), listed: BTreeSet::new(), complete: false }
+    }
+}
+
+fn strip<K: Strip + Into<Object>>(mut object: K) -> Object {
+    object.strip();
+    object.into()
+}

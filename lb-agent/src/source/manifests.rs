@@ -1,0 +1,203 @@
+//! Objects from YAML and JSON files in a directory, watched for changes.
+//!
+//! What is wrong is reported once and changes nothing: an invalid document leaves the last good state of its object, an
+//! unreadable file or directory that of all its objects.
+
+mod parse;
+mod store;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use notify::{
+    EventKind, RecommendedWatcher, RecursiveMode, Watcher as _, event::AccessKind, event::AccessMode,
+};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinError,
+    time::{Instant, timeout, timeout_at},
+};
+
+use self::store::{Changes, Finding, Store};
+use super::{Closed, Event, send, status::SourceStatus};
+
+/// Files are looked at when nothing has happened for this long: writers are often halfway at the first event.
+const QUIET: Duration = Duration::from_millis(100);
+/// ... but not later than this after the first event.
+const QUIET_MAX: Duration = Duration::from_secs(2);
+/// A look without an event: for targets of symbolic links elsewhere, network file systems, and a directory that was
+/// replaced. Only file attributes are read then.
+const POLL: Duration = Duration::from_secs(10);
+/// The same while the kernel tells nothing.
+const POLL_UNWATCHED: Duration = Duration::from_secs(1);
+
+/// The directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read the manifests in {}: {source}; --source manifests:DIR needs a directory", dir.display())]
+    Directory { dir: PathBuf, source: io::Error },
+    #[error("the reader of the manifests in {} failed: {source}", dir.display())]
+    Failed { dir: PathBuf, source: JoinError },
+}
+
+/// Sends everything in `dir`, then [`Event::Synced`], then every change, until the receiver is gone.
+pub async fn run(dir: PathBuf, tx: mpsc::Sender<Event>, status: Arc<SourceStatus>) -> Result<(), Error> {
+    // Only a start with a wrong path is an error; later the directory may come and go.
+    std::fs::read_dir(&dir).map_err(|source| Error::Directory { dir: dir.clone(), source })?;
+    let changed = Arc::new(Notify::new());
+    let mut watch = Watch::new(&dir, changed.clone());
+    let mut store = Store::new(dir.clone());
+    let mut synced = false;
+    loop {
+        watch.renew();
+        let changes;
+        (store, changes) = tokio::task::spawn_blocking(move || {
+            let changes = store.scan();
+            (store, changes)
+        })
+        .await
+        .map_err(|source| Error::Failed { dir: dir.clone(), source })?;
+        report(&dir, &changes, &status);
+        status.set_connected(!store.is_unreadable());
+        if tell(changes, &mut synced, &tx, &status).await.is_err() {
+            return Ok(());
+        }
+        let poll = if watch.is_set() { POLL } else { POLL_UNWATCHED };
+        tokio::select! {
+            () = tx.closed() => return Ok(()),
+            () = quiet_after_change(&changed, poll) => {}
+        }
+    }
+}
+
+/// Sends the changes, and once that everything known at start has been sent.
+async fn tell(
+    changes: Changes,
+    synced: &mut bool,
+    tx: &mpsc::Sender<Event>,
+    status: &SourceStatus,
+) -> Result<(), Closed> {
+    for event in changes.events {
+        send(tx, status, event).await?;
+    }
+    if !*synced {
+        *synced = true;
+        status.count_relist();
+        send(tx, status, Event::Synced).await?;
+    }
+    Ok(())
+}
+
+fn report(dir: &Path, changes: &Changes, status: &SourceStatus) {
+    for finding in &changes.findings {
+        match finding {
+            Finding::Directory(reason) => {
+                tracing::warn!(dir = %dir.display(), reason, "cannot read the manifests; all objects stay as they were");
+            }
+            Finding::Unreadable { file, reason } => {
+                status.count_rejected();
+                tracing::warn!(file = %dir.join(file).display(), reason, "cannot read file; its objects stay as they were");
+            }
+            Finding::Rejected { file, rejected } => {
+                status.count_rejected();
+                tracing::warn!(
+                    file = %dir.join(file).display(),
+                    document = rejected.document,
+                    item = rejected.item,
+                    line = rejected.line,
+                    object = rejected.object.as_ref().map(tracing::field::display),
+                    reason = rejected.reason,
+                    "invalid document; the last good state of the object stays"
+                );
+            }
+            Finding::Duplicate { file, object, counts } => {
+                tracing::warn!(%object, file = %dir.join(file).display(), counts = %dir.join(counts).display(), "object is defined more than once; the first file by name counts");
+            }
+            Finding::Skipped { file, what } => {
+                tracing::debug!(file = %dir.join(file).display(), what, "skipped");
+            }
+        }
+    }
+}
+
+/// Waits for a change and then for an end of changes, or until it is time to look without one.
+async fn quiet_after_change(changed: &Notify, poll: Duration) {
+    if timeout(poll, changed.notified()).await.is_err() {
+        return;
+    }
+    let deadline = Instant::now() + QUIET_MAX;
+    loop {
+        let quiet = (Instant::now() + QUIET).min(deadline);
+        if timeout_at(quiet, changed.notified()).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The kernel's notices about a directory (inotify). A watch sticks to the directory that had the path when it was set, so
+/// it is set anew when another one has taken the path.
+struct Watch {
+    dir: PathBuf,
+    changed: Arc<Notify>,
+    watcher: Option<(RecommendedWatcher, DirectoryId)>,
+    reported: bool,
+}
+
+/// Device and inode.
+type DirectoryId = (u64, u64);
+
+impl Watch {
+    fn new(dir: &Path, changed: Arc<Notify>) -> Self {
+        Self { dir: dir.to_owned(), changed, watcher: None, reported: false }
+    }
+
+    fn is_set(&self) -> bool {
+        self.watcher.is_some()
+    }
+
+    /// Sets the watch if there is none on the directory that has the path now.
+    fn renew(&mut self) {
+        use std::os::unix::fs::MetadataExt as _;
+        let id = std::fs::metadata(&self.dir).ok().map(|meta| (meta.dev(), meta.ino()));
+        if self.watcher.as_ref().map(|(_, id)| *id) == id {
+            return;
+        }
+        self.watcher = None;
+        let Some(id) = id else { return };
+        match self.set() {
+            Ok(watcher) => {
+                self.watcher = Some((watcher, id));
+                self.reported = false;
+            }
+            Err(error) if !self.reported => {
+                self.reported = true;
+                tracing::warn!(
+                    dir = %self.dir.display(), %error,
+                    "cannot watch for changes; looking every second instead (raise fs.inotify.max_user_instances and fs.inotify.max_user_watches)"
+                );
+            }
+            Err(error) => tracing::debug!(%error, "still cannot watch for changes"),
+        }
+    }
+
+    fn set(&self) -> notify::Result<RecommendedWatcher> {
+        let changed = self.changed.clone();
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reading files is no change; anything unclear, such as a lost notice, is one.
+            let read_only = matches!(
+                &event,
+                Ok(notify::Event { kind: EventKind::Access(kind), .. })
+                    if *kind != AccessKind::Close(AccessMode::Write)
+            );
+            if !read_only {
+                changed.notify_one();
+            }
+        })?;
+        watcher.watch(&self.dir, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    }
+}

@@ -1,0 +1,92 @@
+//! UDP flows to backends that no longer serve (SEMANTICS I1): a client that keeps its source port would be sent to a
+//! dead backend until the flow falls silent, which it never does.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use bytemuck::Pod;
+use lb_common::{
+    Addr,
+    addr::ToIp,
+    conntrack::{Flow, flags},
+    proto,
+    tuple::Tuple,
+};
+
+use super::SweepError;
+use crate::{
+    maps::{FlowTable, read_error},
+    plan::{Retired, op::Family},
+};
+
+/// What still serves, by record.
+#[derive(Debug, Default)]
+pub struct Serving(HashMap<u32, Vec<(IpAddr, u16)>>);
+
+impl Serving {
+    /// Those of one family; the last word on a record counts.
+    pub fn of(family: Family, retired: &[Retired]) -> Self {
+        let of_family = retired.iter().filter(|r| r.family == family);
+        Self(of_family.map(|r| (r.service, r.serving.clone())).collect())
+    }
+
+    /// True for a client's entry of a UDP flow whose backend is gone.
+    pub fn is_stale<A: Addr + ToIp>(&self, key: &Tuple<A>, flow: &Flow<A>) -> bool {
+        if key.proto != proto::UDP || flow.flags & flags::REPLY != 0 {
+            return false;
+        }
+        let Some(serving) = self.0.get(&flow.service) else { return false };
+        // `serving` is sorted.
+        serving.binary_search(&(flow.dst.to_ip(), flow.dport.get())).is_err()
+    }
+}
+
+/// Deletes stale flows, both entries of each. Returns how many.
+pub fn purge<A: Addr + ToIp>(table: &FlowTable<A>, serving: &Serving) -> Result<u64, SweepError>
+where
+    Tuple<A>: Pod,
+    Flow<A>: Pod,
+{
+    if serving.0.is_empty() {
+        return Ok(0);
+    }
+    let mut purged = 0;
+    let mut walk = table.walk();
+    while let Some((keys, flows)) = walk.next_chunk().map_err(read_error::<A>)? {
+        for (key, flow) in keys.iter().zip(flows).filter(|(k, f)| serving.is_stale(k, f)) {
+            table.delete(key).map_err(SweepError::Delete)?;
+            table.delete(&flow.rewritten(key.proto).reversed()).map_err(SweepError::Delete)?;
+            purged += 1;
+        }
+    }
+    Ok(purged)
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::{Be16, Be32, V4};
+
+    use super::*;
+
+    #[test]
+    fn only_udp_flows_of_the_record_to_other_backends_are_stale() {
+        let a = |last: u32| Be32::new(0x0a01_0000 + last);
+        let retired =
+            Retired { service: 3, family: Family::V4, serving: vec![("10.1.0.2".parse().unwrap(), 53)] };
+        let other = Retired { family: Family::V6, ..retired.clone() };
+        let serving = Serving::of(Family::V4, &[retired, other]);
+        let key = |proto| Tuple::<V4>::new(a(9), Be16::new(4000), a(1), Be16::new(53), proto);
+        let flow = |dst, port, service, flags| Flow {
+            dst: a(dst),
+            dport: Be16::new(port),
+            service,
+            flags,
+            ..Flow::default()
+        };
+        assert!(serving.is_stale(&key(proto::UDP), &flow(3, 53, 3, 0)));
+        assert!(serving.is_stale(&key(proto::UDP), &flow(2, 54, 3, 0)));
+        assert!(!serving.is_stale(&key(proto::UDP), &flow(2, 53, 3, 0)));
+        assert!(!serving.is_stale(&key(proto::UDP), &flow(3, 53, 4, 0)));
+        assert!(!serving.is_stale(&key(proto::TCP), &flow(3, 53, 3, 0)));
+        assert!(!serving.is_stale(&key(proto::UDP), &flow(3, 53, 3, flags::REPLY)));
+    }
+}

@@ -1,0 +1,549 @@
+//! The interpreter of map operations, the sweeper and the printing commands on real kernel maps. Needs root.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering},
+};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    EbpfLoader,
+    maps::{Map, MapData, MapType, PerCpuArray},
+    programs::Xdp,
+};
+use lb_agent::{
+    cli::Output,
+    datapath, inspect,
+    maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table},
+    plan::{
+        ActualService, ActualState,
+        op::{Backend, Family, Frontend, MapOp, Protocol},
+    },
+    sweep::{Depth, FlowEntries, Pass, Sweeper},
+};
+use lb_common::{
+    Be16, Be32, LAYOUT_VERSION, V4,
+    affinity::MemberKey,
+    conntrack::{Flow, Timeouts, flags as flow_flags, tcp},
+    device::Device,
+    frontend::{FrontendValue, ServiceRecord, ServiceStats, SlotRange, flags},
+    maps::{name, program},
+    proto,
+    tuple::Tuple,
+    verdict::Counter,
+};
+
+/// A bpffs of its own with all maps pinned as the agent pins them. Everything goes when it is dropped.
+struct State {
+    dir: tempfile::TempDir,
+}
+
+impl State {
+    fn new(capacities: &[(&'static str, u32)]) -> Result<Self> {
+        let state = Self { dir: tempfile::Builder::new().prefix("lbc-").tempdir()? };
+        let target = state.mount_point()?;
+        // SAFETY: NUL-terminated strings that outlive the call.
+        let rc =
+            unsafe { libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null()) };
+        anyhow::ensure!(rc == 0, "mount bpffs: {} (these tests need root)", std::io::Error::last_os_error());
+        std::fs::create_dir_all(state.maps())?;
+        std::fs::create_dir_all(state.version().join("programs"))?;
+        let mut loader = EbpfLoader::new();
+        for name in name::ALL {
+            loader.map_pin_path(name, state.maps().join(name));
+        }
+        for (name, capacity) in capacities {
+            loader.map_max_entries(name, *capacity);
+        }
+        let mut object = loader.load(datapath::OBJECT)?;
+        let clock: &mut Xdp = object.program_mut(program::CLOCK).context("no lb_clock")?.try_into()?;
+        clock.load()?;
+        clock.pin(state.version().join("programs").join(program::CLOCK))?;
+        Ok(state)
+    }
+
+    fn mount_point(&self) -> Result<std::ffi::CString> {
+        Ok(std::ffi::CString::new(self.dir.path().as_os_str().as_encoded_bytes())?)
+    }
+
+    fn version(&self) -> PathBuf {
+        self.dir.path().join(format!("v{LAYOUT_VERSION}"))
+    }
+
+    fn maps(&self) -> PathBuf {
+        self.version().join("maps")
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        if let Ok(target) = self.mount_point() {
+            // SAFETY: a NUL-terminated string that outlives the call.
+            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+        }
+    }
+}
+
+fn backend(addr: &str, port: u16, local: bool) -> Backend {
+    Backend { addr: addr.parse().unwrap(), port, protocol: Protocol::Tcp, local }
+}
+
+fn frontend(addr: &str, port: u16) -> Frontend {
+    Frontend { addr: addr.parse().unwrap(), port, protocol: Protocol::Tcp }
+}
+
+fn record(cluster: SlotRange, local: SlotRange) -> ServiceRecord {
+    ServiceRecord { cluster, local, affinity_timeout_s: 10_800, in_use: 1, _reserved: 0 }
+}
+
+/// A Service with two IPv4 backends and one with one IPv6 backend.
+fn two_services() -> Vec<MapOp> {
+    let v4 = FrontendValue { service: 1, flags: flags::KIND_CLUSTER_IP | flags::AFFINITY };
+    let node_port_flags = flags::KIND_NODE_PORT | flags::EXTERNAL_LOCAL | flags::AFFINITY;
+    let node_port = FrontendValue { service: 1, flags: node_port_flags };
+    let v6 = FrontendValue { service: 2, flags: flags::KIND_LOAD_BALANCER };
+    vec![
+        MapOp::NameService { service: 1, name: "default/web:http".into() },
+        MapOp::NameService { service: 2, name: "default/web6:http".into() },
+        MapOp::WriteBackend { id: 1, backend: backend("10.1.0.2", 8080, true) },
+        MapOp::WriteBackend { id: 2, backend: backend("10.1.1.2", 8080, false) },
+        MapOp::WriteBackend { id: 7, backend: backend("fd00::2", 8080, false) },
+        MapOp::WriteSlots { base: 0, backends: vec![1, 2, 1] },
+        MapOp::WriteSlots { base: 3, backends: vec![1] },
+        MapOp::WriteSlots { base: 4, backends: vec![7] },
+        MapOp::PutMember { key: MemberKey { service: 1, backend: 1 }, bits: 3 },
+        MapOp::PutMember { key: MemberKey { service: 1, backend: 2 }, bits: 1 },
+        MapOp::WriteService { service: 1, record: record(SlotRange::new(0, 3), SlotRange::new(3, 1)) },
+        MapOp::WriteService { service: 2, record: record(SlotRange::new(4, 1), SlotRange::EMPTY) },
+        MapOp::PutFrontend { frontend: frontend("10.96.0.1", 80), value: v4 },
+        MapOp::PutFrontend { frontend: frontend("fd00:96::1", 80), value: v6 },
+        MapOp::PutFrontend { frontend: frontend("192.168.7.2", 30080), value: node_port },
+        MapOp::Grace,
+    ]
+}
+
+fn state_of_two_services() -> ActualState {
+    let service = |record, name: &str| ActualService { record, name: Some(name.into()) };
+    let mut frontends = BTreeMap::new();
+    for op in two_services() {
+        if let MapOp::PutFrontend { frontend, value } = op {
+            frontends.insert(frontend, value);
+        }
+    }
+    ActualState {
+        frontends,
+        services: BTreeMap::from([
+            (1, service(record(SlotRange::new(0, 3), SlotRange::new(3, 1)), "default/web:http")),
+            (2, service(record(SlotRange::new(4, 1), SlotRange::EMPTY), "default/web6:http")),
+        ]),
+        slots: vec![1, 2, 1, 1, 7],
+        backends4: BTreeMap::from([
+            (1, backend("10.1.0.2", 8080, true)),
+            (2, backend("10.1.1.2", 8080, false)),
+        ]),
+        backends6: BTreeMap::from([(7, backend("fd00::2", 8080, false))]),
+        members: BTreeMap::from([
+            (MemberKey { service: 1, backend: 1 }, 3),
+            (MemberKey { service: 1, backend: 2 }, 1),
+        ]),
+    }
+}
+
+#[test]
+fn what_is_applied_is_read_back_also_by_the_next_process() -> Result<()> {
+    let state = State::new(&[])?;
+    let mut maps = Maps::open(&state.maps())?;
+    assert_eq!(maps.read_actual()?, ActualState::default());
+    let applied = maps.apply(&two_services())?;
+    assert_eq!((applied.done, applied.refused.len()), (two_services().len(), 0));
+    assert_eq!(maps.read_actual()?, state_of_two_services());
+    drop(maps);
+    assert_eq!(Maps::open(&state.maps())?.read_actual()?, state_of_two_services());
+    Ok(())
+}
+
+/// The programs read arrays through the kernel's own lookup, so the memory map and bpf(2) must agree on every byte.
+#[test]
+fn stores_through_memory_are_what_lookups_see() -> Result<()> {
+    let state = State::new(&[])?;
+    Maps::open(&state.maps())?.apply(&two_services())?;
+    let array = [MapType::Array];
+    let slots: Table<u32, u32> = Table::open(&state.maps(), name::SLOTS, &array)?;
+    let seen: Vec<u32> = (0..6).map(|i| slots.get(&i).unwrap().unwrap()).collect();
+    assert_eq!(seen, [1, 2, 1, 1, 7, 0]);
+    let services: Table<u32, ServiceRecord> = Table::open(&state.maps(), name::SERVICES, &array)?;
+    assert_eq!(services.get(&1)?, Some(record(SlotRange::new(0, 3), SlotRange::new(3, 1))));
+    let backends: Table<u32, [u8; 8]> = Table::open(&state.maps(), name::BACKENDS4, &array)?;
+    // 10.1.0.2, port 8080 in network order, IN_USE | LOCAL, TCP.
+    assert_eq!(backends.get(&1)?, Some([10, 1, 0, 2, 0x1f, 0x90, 3, 6]));
+    let backends: Table<u32, [u8; 20]> = Table::open(&state.maps(), name::BACKENDS6, &array)?;
+    let expected = [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0x1f, 0x90, 1, 6];
+    assert_eq!(backends.get(&7)?, Some(expected));
+    Ok(())
+}
+
+#[test]
+fn the_last_element_of_every_array_can_be_written_and_none_beyond() -> Result<()> {
+    let sizes = [(name::SLOTS, 1001), (name::BACKENDS4, 333), (name::BACKENDS6, 333), (name::SERVICES, 77)];
+    let state = State::new(&sizes)?;
+    let mut maps = Maps::open(&state.maps())?;
+    maps.apply(&[
+        MapOp::WriteSlots { base: 1000, backends: vec![5] },
+        MapOp::WriteBackend { id: 332, backend: backend("10.1.0.2", 1, true) },
+        MapOp::WriteBackend { id: 332, backend: backend("fd00::2", 1, true) },
+        MapOp::WriteService { service: 76, record: record(SlotRange::new(1000, 1), SlotRange::EMPTY) },
+    ])?;
+    let read = maps.read_actual()?;
+    assert_eq!((read.slots.len(), read.slots.last()), (1001, Some(&5)));
+    for op in [
+        MapOp::WriteSlots { base: 1000, backends: vec![5, 6] },
+        MapOp::WriteBackend { id: 333, backend: backend("fd00::2", 1, true) },
+        MapOp::ClearService { service: 77 },
+    ] {
+        let error = maps.apply(&[op]).unwrap_err();
+        assert!(matches!(error, MapError::OutOfRange { .. }), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn removal_leaves_nothing() -> Result<()> {
+    let state = State::new(&[])?;
+    let mut maps = Maps::open(&state.maps())?;
+    maps.apply(&two_services())?;
+    let applied = maps.apply(&[
+        MapOp::DeleteFrontend { frontend: frontend("10.96.0.1", 80) },
+        MapOp::DeleteFrontend { frontend: frontend("10.96.0.77", 80) },
+        MapOp::DeleteFrontend { frontend: frontend("192.168.7.2", 30080) },
+        MapOp::DeleteFrontend { frontend: frontend("fd00:96::1", 80) },
+        MapOp::DeleteMember { key: MemberKey { service: 1, backend: 1 } },
+        MapOp::DeleteMember { key: MemberKey { service: 1, backend: 2 } },
+        MapOp::Grace,
+        MapOp::ClearService { service: 1 },
+        MapOp::ClearService { service: 2 },
+        MapOp::ClearBackend { family: Family::V4, id: 1 },
+        MapOp::ClearBackend { family: Family::V4, id: 2 },
+        MapOp::ClearBackend { family: Family::V6, id: 7 },
+    ])?;
+    // One of the frontends never existed, which is as good as deleted.
+    assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+    assert_eq!(maps.read_actual()?, ActualState::default());
+    Ok(())
+}
+
+fn many_frontends(n: u32) -> Vec<MapOp> {
+    let value = FrontendValue { service: 1, flags: flags::KIND_CLUSTER_IP };
+    let v4 = |i: u32| IpAddr::from(Ipv4Addr::from(0x0a61_0000 + i));
+    let v6 = |i: u32| IpAddr::from(Ipv6Addr::from((0xfd00_0097_u128 << 96) + u128::from(i)));
+    (0..n)
+        .flat_map(|i| [v4(i), v6(i)])
+        .map(|addr| Frontend { addr, port: 80, protocol: Protocol::Udp })
+        .map(|frontend| MapOp::PutFrontend { frontend, value })
+        .collect()
+}
+
+#[test]
+fn batches_and_single_writes_give_the_same() -> Result<()> {
+    let put = many_frontends(10_000);
+    let delete: Vec<MapOp> = put
+        .iter()
+        .step_by(3)
+        .filter_map(|op| match op {
+            MapOp::PutFrontend { frontend, .. } => Some(MapOp::DeleteFrontend { frontend: *frontend }),
+            _ => None,
+        })
+        .collect();
+    let mut results = Vec::new();
+    for batches in [true, false] {
+        let state = State::new(&[])?;
+        let mut maps = Maps::open(&state.maps())?;
+        if !batches {
+            maps.without_batches();
+        }
+        assert_eq!(maps.apply(&put)?.done, put.len());
+        assert_eq!(maps.apply(&delete)?.done, delete.len());
+        results.push(maps.read_actual()?);
+    }
+    assert_eq!(results[0].frontends.len(), put.len() - delete.len());
+    assert!(results[0] == results[1]);
+    Ok(())
+}
+
+#[test]
+fn a_full_map_is_named_with_its_option_and_stops_nothing_else() -> Result<()> {
+    for batches in [true, false] {
+        let state = State::new(&[(name::FRONTENDS4, 100), (name::AFFINITY_MEMBERS, 1)])?;
+        let mut maps = Maps::open(&state.maps())?;
+        if !batches {
+            maps.without_batches();
+        }
+        let mut ops = two_services();
+        ops.extend(many_frontends(150));
+        let applied = maps.apply(&ops)?;
+        let refused: BTreeMap<_, _> =
+            applied.refused.iter().map(|r| (r.map, (r.entries, r.is_full()))).collect();
+        // 152 IPv4 frontends for 100 places, two members for one.
+        let expected = BTreeMap::from([(name::FRONTENDS4, (52, true)), (name::AFFINITY_MEMBERS, (1, true))]);
+        assert_eq!(refused, expected);
+        let message = applied.refused.iter().find(|r| r.map == name::FRONTENDS4).map(|r| r.to_string());
+        let expected =
+            "52 entries of FRONTENDS4 could not be written: the map is full, raise --max-frontends";
+        assert_eq!(message.as_deref(), Some(expected));
+        assert_eq!(applied.done, ops.len() - 53);
+        let read = maps.read_actual()?;
+        assert_eq!(read.frontends.keys().filter(|f| f.addr.is_ipv4()).count(), 100);
+        assert_eq!(read.frontends.keys().filter(|f| f.addr.is_ipv6()).count(), 151);
+        // What is there already can still be changed in a full map.
+        let value = FrontendValue { service: 9, flags: 0 };
+        let change = [MapOp::PutFrontend { frontend: frontend("10.96.0.1", 80), value }];
+        assert!(maps.apply(&change)?.refused.is_empty());
+        assert_eq!(maps.read_actual()?.frontends[&frontend("10.96.0.1", 80)], value);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_new_name_starts_its_counters_at_zero() -> Result<()> {
+    let state = State::new(&[])?;
+    let mut maps = Maps::open(&state.maps())?;
+    let cpus = aya::util::nr_cpus().map_err(|(_, e)| e)?;
+    let data = MapData::from_pin(state.maps().join(name::SERVICE_STATS))?;
+    let mut raw = PerCpuArray::<_, ServiceStats>::try_from(Map::PerCpuArray(data))?;
+    let stats = ServiceStats { packets: 5, bytes: 600, connections: 2, xdp_packets: 1 };
+    raw.set(1, vec![stats; cpus].try_into()?, 0)?;
+    let counters = ServiceCounters::open(&state.maps())?;
+    let (n, sum) = (cpus as u64, counters.sum(1)?);
+    assert_eq!((sum.packets, sum.bytes, sum.connections, sum.xdp_packets), (5 * n, 600 * n, 2 * n, n));
+    maps.apply(&[MapOp::NameService { service: 1, name: "a/b:c".into() }])?;
+    assert_eq!(counters.sum(1)?, ServiceStats::default());
+    Ok(())
+}
+
+#[test]
+fn strangers_and_absentees_are_refused() -> Result<()> {
+    let state = State::new(&[])?;
+    let slots = state.maps().join(name::SLOTS);
+    std::fs::remove_file(&slots)?;
+    let error = Maps::open(&state.maps()).map(drop).unwrap_err();
+    assert!(matches!(&error, MapError::Missing { path } if *path == slots), "{error}");
+    // A map of another shape under the name: the kernel would write 20 bytes into 4.
+    MapData::from_pin(state.maps().join(name::BACKENDS6))?.pin(&slots)?;
+    let error = Maps::open(&state.maps()).map(drop).unwrap_err();
+    assert!(matches!(&error, MapError::Layout { what: "value size", .. }), "{error}");
+    std::fs::remove_file(&slots)?;
+    MapData::from_pin(state.maps().join(name::FLOWS4))?.pin(&slots)?;
+    let error = Maps::open(&state.maps()).map(drop).unwrap_err();
+    assert!(matches!(&error, MapError::Layout { what: "type", .. }), "{error}");
+    Ok(())
+}
+
+#[test]
+fn devices_are_put_and_deleted() -> Result<()> {
+    let state = State::new(&[])?;
+    let devices = Devices::open(&state.maps())?;
+    let device = Device { flags: 1, snat4: Be32::new(0x0a00_0001), snat6: Default::default() };
+    devices.put(3, device)?;
+    devices.put(9, Device::default())?;
+    devices.delete(9)?;
+    devices.delete(10)?;
+    assert_eq!(devices.all()?, BTreeMap::from([(3, device)]));
+    Ok(())
+}
+
+/// A flow of `client` to 10.96.0.1:80 at 10.1.0.2:8080, with both entries.
+struct Pair {
+    forward: (Tuple<V4>, Flow<V4>),
+    reply: (Tuple<V4>, Flow<V4>),
+}
+
+/// `idle` jiffies since the last packet, and one more since the flow began.
+fn pair(client: u32, proto: u8, now: u32, idle: u32, answered: bool) -> Pair {
+    let (vip, pod) = (Be32::new(0x0a60_0001), Be32::new(0x0a01_0002));
+    let (src, sport) = (Be32::new(client), Be16::new(40_000));
+    let last_seen = now.wrapping_sub(idle);
+    let created = last_seen.wrapping_sub(1);
+    let key = Tuple::new(src, sport, vip, Be16::new(80), proto);
+    let forward = Flow {
+        src,
+        dst: pod,
+        sport,
+        dport: Be16::new(8080),
+        service: 1,
+        backend: 1,
+        last_seen,
+        created,
+        ..Flow::default()
+    };
+    let reply = Flow {
+        src: vip,
+        dst: src,
+        sport: Be16::new(80),
+        dport: sport,
+        flags: flow_flags::REPLY,
+        last_seen: if answered { last_seen } else { created },
+        ..forward
+    };
+    Pair { forward: (key, forward), reply: (forward.rewritten(proto).reversed(), reply) }
+}
+
+fn established(mut p: Pair) -> Pair {
+    p.forward.1.tcp_seen = tcp::SYN | tcp::ACK;
+    p.reply.1.tcp_seen = tcp::SYN | tcp::ACK;
+    p
+}
+
+fn put(tables: &FlowTables, p: &Pair) -> Result<()> {
+    tables.v4.put(&p.forward.0, &p.forward.1)?;
+    Ok(tables.v4.put(&p.reply.0, &p.reply.1)?)
+}
+
+#[test]
+fn flows_end_together_and_orphans_go() -> Result<()> {
+    let state = State::new(&[])?;
+    let tables = FlowTables::open(&state.maps())?;
+    let clock = KernelClock::open(&state.version())?;
+    let (now, hz) = (clock.jiffies()?, clock.jiffies_per_s());
+    // More than one chunk of each.
+    for i in 0..5000 {
+        put(&tables, &pair(0x0b00_0000 + i, proto::UDP, now, 1000 * hz, true))?;
+        put(&tables, &pair(0x0c00_0000 + i, proto::UDP, now, 0, true))?;
+    }
+    let orphan = pair(0x0d00_0001, proto::UDP, now, 6 * hz, true);
+    tables.v4.put(&orphan.forward.0, &orphan.forward.1)?;
+    let orphan_reply = pair(0x0d00_0002, proto::UDP, now, 6 * hz, true);
+    tables.v4.put(&orphan_reply.reply.0, &orphan_reply.reply.1)?;
+    let tcp = established(pair(0x0d00_0004, proto::TCP, now, 3600 * hz, true));
+    put(&tables, &tcp)?;
+
+    let entries = Arc::new(FlowEntries::default());
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, entries.clone())?;
+    let [v4, v6] = sweeper.pass(Depth::Expiry, false)?;
+    assert_eq!((v4.expired, v6), (5000, Pass::default()));
+    // The half that has not had its five seconds yet stays.
+    let beginning = pair(0x0d00_0003, proto::UDP, clock.jiffies()?, 0, false);
+    tables.v4.put(&beginning.forward.0, &beginning.forward.1)?;
+    let [v4, _] = sweeper.pass(Depth::Orphans, false)?;
+    assert_eq!((v4.expired, v4.orphans), (0, 2));
+    // 5000 live pairs, a TCP pair, and that half.
+    assert_eq!(v4.entries, 10_003);
+    assert_eq!(entries.v4.load(Ordering::Relaxed), 10_003);
+    assert_eq!(tables.v4.entries()?.len(), 10_003);
+    assert!(tables.v4.get(&tcp.reply.0)?.is_some() && tables.v4.get(&beginning.forward.0)?.is_some());
+    Ok(())
+}
+
+#[test]
+fn unanswered_flows_end_early_when_the_table_is_nearly_full() -> Result<()> {
+    let state = State::new(&[])?;
+    let tables = FlowTables::open(&state.maps())?;
+    let clock = KernelClock::open(&state.version())?;
+    let (now, hz) = (clock.jiffies()?, clock.jiffies_per_s());
+    for (client, answered) in [(0x0b00_0001, false), (0x0b00_0002, true)] {
+        put(&tables, &pair(client, proto::UDP, now, 15 * hz, answered))?;
+    }
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    assert_eq!(sweeper.pass(Depth::Expiry, false)?[0].expired, 0);
+    assert_eq!(sweeper.pass(Depth::Expiry, true)?[0].expired, 1);
+    Ok(())
+}
+
+#[test]
+fn jiffies_advance_at_the_rate_that_the_kernel_reports() -> Result<()> {
+    let state = State::new(&[])?;
+    let clock = KernelClock::open(&state.version())?;
+    assert!([100, 250, 300, 1000].contains(&clock.jiffies_per_s()), "{}", clock.jiffies_per_s());
+    let begun = std::time::Instant::now();
+    let first = clock.jiffies()?;
+    while begun.elapsed().as_millis() < 200 {
+        std::thread::yield_now();
+    }
+    let ticks = clock.jiffies()?.wrapping_sub(first);
+    // At least the time that has surely passed, with a tick to spare at either end.
+    assert!(ticks + 2 >= clock.jiffies_per_s() / 5, "{ticks} ticks in {:?}", begun.elapsed());
+    Ok(())
+}
+
+type Print = fn(&Path, Output, &mut dyn std::io::Write) -> Result<(), inspect::Error>;
+
+fn printed(state: &State, output: Output, print: Print) -> Result<String> {
+    let mut out = Vec::new();
+    print(state.dir.path(), output, &mut out)?;
+    Ok(String::from_utf8(out)?)
+}
+
+fn json(state: &State, print: Print) -> Result<serde_json::Value> {
+    Ok(serde_json::from_str(&printed(state, Output::Json, print)?)?)
+}
+
+#[test]
+fn services_and_backends_are_printed_from_the_pins_alone() -> Result<()> {
+    let state = State::new(&[])?;
+    Maps::open(&state.maps())?.apply(&two_services())?;
+    let expected = "\
+NAME               KIND          FRONTEND           PROTO  POLICY   AFFINITY  BACKENDS     PACKETS  BYTES  CONNECTIONS
+default/web6:http  LoadBalancer  [fd00:96::1]:80    TCP    Cluster  -         1 (0 local)        0      0            0
+default/web:http   ClusterIP     10.96.0.1:80       TCP    Cluster  10800s    2 (1 local)        0      0            0
+default/web:http   NodePort      192.168.7.2:30080  TCP    Local    10800s    2 (1 local)
+";
+    assert_eq!(printed(&state, Output::Table, inspect::write_services)?, expected);
+    let expected = "\
+BACKEND         PROTO  WHERE      SERVICES
+10.1.0.2:8080   TCP    this node  default/web:http
+10.1.1.2:8080   TCP    elsewhere  default/web:http
+[fd00::2]:8080  TCP    elsewhere  default/web6:http
+";
+    assert_eq!(printed(&state, Output::Table, inspect::write_backends)?, expected);
+    let services = json(&state, inspect::write_services)?;
+    assert_eq!(services[1]["name"], "default/web:http");
+    assert_eq!(services[1]["cluster_backends"], 2);
+    assert_eq!(services[1]["frontends"][1]["external"], "Local");
+    assert_eq!(services[0]["affinity_timeout_s"], serde_json::Value::Null);
+    let backends = json(&state, inspect::write_backends)?;
+    assert_eq!((&backends[2]["address"], &backends[0]["local"]), (&"fd00::2".into(), &true.into()));
+    Ok(())
+}
+
+#[test]
+fn flows_are_printed_with_their_stage() -> Result<()> {
+    let state = State::new(&[])?;
+    let tables = FlowTables::open(&state.maps())?;
+    let clock = KernelClock::open(&state.version())?;
+    let (now, hz) = (clock.jiffies()?, clock.jiffies_per_s());
+    // An hour is shown to the minute.
+    put(&tables, &established(pair(0x0b00_0001, proto::TCP, now, 3600 * hz, true)))?;
+    put(&tables, &pair(0x0b00_0002, proto::UDP, now, 3600 * hz, false))?;
+    let expected = "\
+PROTO  CLIENT          FRONTEND      BACKEND        SEEN AS         STAGE          AGE   IDLE
+TCP    11.0.0.1:40000  10.96.0.1:80  10.1.0.2:8080  11.0.0.1:40000  established  1h00m  1h00m
+UDP    11.0.0.2:40000  10.96.0.1:80  10.1.0.2:8080  11.0.0.2:40000  opening      1h00m  1h00m
+";
+    assert_eq!(printed(&state, Output::Table, inspect::write_flows)?, expected);
+    let flows = json(&state, inspect::write_flows)?;
+    assert_eq!((&flows[1]["client"], &flows[1]["stage"]), (&"11.0.0.2:40000".into(), &"opening".into()));
+    Ok(())
+}
+
+#[test]
+fn a_directory_without_pins_is_said_to_be_one() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for print in [inspect::write_services, inspect::write_backends, inspect::write_flows] {
+        let error = print(dir.path(), Output::Table, &mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("--state-dir"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn counters_are_summed_over_the_cpus() -> Result<()> {
+    let state = State::new(&[])?;
+    let cpus = aya::util::nr_cpus().map_err(|(_, e)| e)?;
+    let data = MapData::from_pin(state.maps().join(name::COUNTERS))?;
+    let mut raw = PerCpuArray::<_, u64>::try_from(Map::PerCpuArray(data))?;
+    raw.set(Counter::DropBadMap as u32, vec![3; cpus].try_into()?, 0)?;
+    let counters = Counters::open(&state.maps())?;
+    assert_eq!(counters.sum(Counter::DropBadMap)?, 3 * cpus as u64);
+    assert_eq!(counters.sum(Counter::FlowCreated)?, 0);
+    Ok(())
+}
