@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::config::list_or_string;
@@ -12,10 +12,15 @@ pub const DEFAULT_STATE_DIR: &str = "/sys/fs/bpf/lb";
 
 /// Load-balances Kubernetes Services in the kernel.
 #[derive(Debug, Parser)]
-#[command(name = "lb-agent", version, max_term_width = 110)]
+#[command(name = "lb-agent", version)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// The command line. Unlike `Cli::command()`, its help keeps the values of environment variables to itself.
+pub fn command() -> clap::Command {
+    Cli::command().mut_subcommands(|command| command.mut_args(|arg| arg.hide_env_values(true)))
 }
 
 #[derive(Debug, Subcommand)]
@@ -118,7 +123,7 @@ pub struct RunArgs {
     /// [default: host]
     #[arg(long, env = "LB_SOCKET_LB", value_name = "SCOPE", help_heading = "Data path")]
     pub socket_lb: Option<String>,
-    /// cgroup v2 directory that the socket hooks are attached to [default: the first cgroup2 mount]
+    /// cgroup v2 directory that the socket hooks are attached to [default: where cgroup2 is mounted]
     #[arg(long, env = "LB_CGROUP_ROOT", value_name = "DIR", help_heading = "Data path")]
     pub cgroup_root: Option<String>,
     /// Directory in a bpffs for maps and links; a bpffs is mounted there if there is none [default: /sys/fs/bpf/lb]
@@ -187,44 +192,19 @@ pub struct RunArgs {
     #[arg(long, env = "LB_MAX_SOCKETS", value_name = "N", help_heading = "Sizes of maps")]
     pub max_sockets: Option<String>,
 
-    /// How long a TCP flow lives that never got an answer [default: 60s]
-    #[arg(
-        long,
-        env = "LB_TCP_OPENING_TIMEOUT",
-        value_name = "TIME",
-        help_heading = "Timeouts of silent flows"
-    )]
+    /// How long a TCP flow may be silent that never got an answer, such as 90s, 15m or 24h [default: 60s]
+    #[arg(long, env = "LB_TCP_OPENING_TIMEOUT", value_name = "TIME", help_heading = "Timeouts of flows")]
     pub tcp_opening_timeout: Option<String>,
-    /// An established TCP flow [default: 24h]
-    #[arg(
-        long,
-        env = "LB_TCP_ESTABLISHED_TIMEOUT",
-        value_name = "TIME",
-        help_heading = "Timeouts of silent flows"
-    )]
+    /// How long an established TCP flow may be silent [default: 24h]
+    #[arg(long, env = "LB_TCP_ESTABLISHED_TIMEOUT", value_name = "TIME", help_heading = "Timeouts of flows")]
     pub tcp_established_timeout: Option<String>,
-    /// A TCP flow after a FIN or RST [default: 2m]
-    #[arg(
-        long,
-        env = "LB_TCP_CLOSING_TIMEOUT",
-        value_name = "TIME",
-        help_heading = "Timeouts of silent flows"
-    )]
+    /// How long a TCP flow may be silent after a FIN or RST [default: 2m]
+    #[arg(long, env = "LB_TCP_CLOSING_TIMEOUT", value_name = "TIME", help_heading = "Timeouts of flows")]
     pub tcp_closing_timeout: Option<String>,
-    /// A UDP flow that never got an answer [default: 30s]
-    #[arg(
-        long,
-        env = "LB_UDP_OPENING_TIMEOUT",
-        value_name = "TIME",
-        help_heading = "Timeouts of silent flows"
-    )]
+    /// How long a UDP flow may be silent that never got an answer [default: 30s]
+    #[arg(long, env = "LB_UDP_OPENING_TIMEOUT", value_name = "TIME", help_heading = "Timeouts of flows")]
     pub udp_opening_timeout: Option<String>,
-    /// A UDP flow that got one [default: 2m]
-    #[arg(
-        long,
-        env = "LB_UDP_ESTABLISHED_TIMEOUT",
-        value_name = "TIME",
-        help_heading = "Timeouts of silent flows"
-    )]
+    /// How long a UDP flow may be silent that got one [default: 2m]
+    #[arg(long, env = "LB_UDP_ESTABLISHED_TIMEOUT", value_name = "TIME", help_heading = "Timeouts of flows")]
     pub udp_established_timeout: Option<String>,
 }

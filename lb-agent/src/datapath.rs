@@ -29,7 +29,7 @@ use std::{
 
 use lb_common::device::Device;
 use tokio::sync::watch::Sender;
-use tracing::info;
+use tracing::{info, warn};
 
 pub use cleanup::{Removed, cleanup};
 pub use devices::{Context, LinkFacts, Role, Rules, classify};
@@ -105,7 +105,8 @@ pub struct Datapath {
 /// What is known about a device with a role.
 #[derive(Clone, Debug)]
 struct Followed {
-    name: String,
+    /// As last looked at.
+    facts: LinkFacts,
     role: Role,
     /// As last written to `DEVICES`.
     entry: Option<Device>,
@@ -129,15 +130,7 @@ impl Datapath {
         let mut migration = Migration::prepare(&object, &state, &settings.capacities)?;
         let programs = load::load(&object, &state, settings)?;
         migration.copy(&state)?;
-        let socket_hooks = match settings.socket_lb {
-            SocketLb::Off => {
-                cgroup::detach(&state)?;
-                None
-            }
-            SocketLb::Host | SocketLb::All => {
-                Some(cgroup::attach(settings.cgroup_root.as_deref(), &programs, &state)?)
-            }
-        };
+        let socket_hooks = socket_hooks(settings, &programs, &state)?;
         info!(
             state_dir = %settings.state_dir.display(),
             socket_hooks = ?socket_hooks,
@@ -157,8 +150,8 @@ impl Datapath {
     }
 
     /// Keeps all devices of this network namespace in `DEVICES` and under our programs, and tells the namespace's own
-    /// addresses. Runs until dropped; an error means that devices cannot be watched at all. The first value of `addresses`
-    /// is sent after all devices of the start have been dealt with.
+    /// addresses. Runs until dropped; an error means that devices cannot be watched any more, and calling again starts anew.
+    /// `addresses` is sent first after all devices of the start have been dealt with.
     pub fn follow_devices(
         self: &Arc<Self>,
         sink: Arc<dyn DeviceSink>,
@@ -175,7 +168,7 @@ impl Datapath {
     /// Devices that should have programs and have not: name and reason. Tried again with every change and every 30 seconds.
     pub fn failed(&self) -> Vec<(String, String)> {
         let devices = self.followed();
-        devices.values().filter_map(|d| Some((d.name.clone(), d.failure.clone()?))).collect()
+        devices.values().filter_map(|d| Some((d.facts.name.clone(), d.failure.clone()?))).collect()
     }
 
     /// Tells when [`attached`](Self::attached) or [`failed`](Self::failed) has changed.
@@ -183,7 +176,7 @@ impl Datapath {
         self.changes.subscribe()
     }
 
-    /// The cgroup directory with the socket hooks; `None` if they are off.
+    /// The cgroup directory with the socket hooks; `None` if they are off or could not be attached.
     pub fn socket_hooks(&self) -> Option<&std::path::Path> {
         self.socket_hooks.as_deref()
     }
@@ -191,5 +184,25 @@ impl Datapath {
     fn followed(&self) -> std::sync::MutexGuard<'_, BTreeMap<u32, Followed>> {
         // Each change is one assignment: what a panicking thread left is whole.
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Without a cgroup v2 mount, and without an order to use a certain one, the rest goes on without socket hooks.
+fn socket_hooks(
+    settings: &Settings,
+    programs: &Programs,
+    state: &StateDir,
+) -> Result<Option<PathBuf>, Error> {
+    if settings.socket_lb == SocketLb::Off {
+        cgroup::detach(state)?;
+        return Ok(None);
+    }
+    match cgroup::attach(settings.cgroup_root.as_deref(), programs, state) {
+        Ok(root) => Ok(Some(root)),
+        Err(error) if settings.cgroup_root.is_none() => {
+            warn!(%error, "no socket hooks: processes of the node itself do not reach ClusterIPs");
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }

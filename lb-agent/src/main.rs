@@ -3,23 +3,23 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _};
+use clap::FromArgMatches as _;
 use lb_agent::{
-    cli::{Cli, Command, InspectArgs, Output},
+    cli::{self, Cli, Command, InspectArgs, Output},
     config::{self, LogFormat, LogSettings},
     inspect,
 };
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let matches = Cli::command().get_matches();
+    let matches = cli::command().get_matches();
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,
         Err(error) => error.exit(),
     };
     let result = match &cli.command {
         Command::Run(args) => {
-            let given = matches.subcommand_matches("run").map_or(&matches, |m: &ArgMatches| m);
+            let given = matches.subcommand_matches("run").unwrap_or(&matches);
             match config::load(args, given) {
                 Ok(config) => run(config),
                 Err(error) => {

@@ -65,6 +65,7 @@ pub struct Metrics {
     operations: Family<Labels, Counter>,
     rejected: Arc<RwLock<BTreeMap<&'static str, i64>>>,
     devices: Family<Labels, Gauge>,
+    host_findings: Family<Labels, Gauge>,
 }
 
 impl Metrics {
@@ -94,10 +95,24 @@ impl Metrics {
         registry.register("map_operations", "Writes to maps, by kind of operation", operations.clone());
         let devices = Family::<Labels, Gauge>::default();
         registry.register("devices", "Network devices with programs attached, by role", devices.clone());
+        let host_findings = Family::<Labels, Gauge>::default();
+        let help =
+            "Settings of the node that stand in the way of Services, by kind; the log has the remedies";
+        registry.register("host_findings", help, host_findings.clone());
         registry.register_collector(Box::new(SourceCollector { source, rejected: rejected.clone() }));
         registry.register_collector(Box::new(StatusCollector { status }));
         registry.register_collector(Box::new(DatapathCollector { stats: datapath.clone() }));
-        Self { registry, datapath, syncs, sync_duration, last_sync, operations, rejected, devices }
+        Self {
+            registry,
+            datapath,
+            syncs,
+            sync_duration,
+            last_sync,
+            operations,
+            rejected,
+            devices,
+            host_findings,
+        }
     }
 
     /// From now on scrapes also show the maps. The first call wins.
@@ -129,6 +144,11 @@ impl Metrics {
     /// How many devices of this role (such as `pod`, `external`) have programs attached.
     pub fn set_devices(&self, role: &str, count: i64) {
         self.devices.get_or_create(&[("role", role.into())]).set(count);
+    }
+
+    /// How many settings of the node of this kind (such as `rp_filter`) stand in the way.
+    pub fn set_host_findings(&self, kind: &str, count: i64) {
+        self.host_findings.get_or_create(&[("kind", kind.into())]).set(count);
     }
 
     /// Everything, as text of type [`CONTENT_TYPE`]. Reads the maps: may block.

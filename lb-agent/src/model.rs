@@ -46,8 +46,9 @@ pub struct Model {
     node_name: Arc<str>,
     node: Option<Node>,
     services: BTreeMap<ServiceKey, Service>,
-    /// Slices by the Service that their label names.
-    slices: BTreeMap<ServiceKey, BTreeMap<Arc<str>, EndpointSlice>>,
+    /// Slices by the Service that their label names, sorted by name. Most Services have one: a tree for each would cost
+    /// more memory than all endpoints.
+    slices: BTreeMap<ServiceKey, Vec<EndpointSlice>>,
     /// Which Service a slice belonged to when it was last seen: its label may change.
     slice_service: HashMap<SliceKey, ServiceKey>,
     names: Names,
@@ -82,7 +83,7 @@ impl Model {
 
     /// The slices of a Service, in the order of their names.
     pub fn slices(&self, service: &ServiceKey) -> impl Iterator<Item = &EndpointSlice> {
-        self.slices.get(service).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(service).into_iter().flatten()
     }
 
     /// Takes the change in.
@@ -117,22 +118,23 @@ impl Model {
         self.names.share_slice(&mut slice);
         let mut service = ServiceKey { namespace: slice.key.namespace.clone(), name: service };
         self.names.share_key(&mut service);
-        let known = self.slice_service.get(&slice.key).cloned();
-        let mut dirty = Vec::new();
-        match known {
-            Some(old) if old == service => {
-                if self.slices.get(&service).and_then(|s| s.get(&slice.key.name)) == Some(&slice) {
-                    return Dirty::Nothing;
-                }
-            }
-            Some(old) => {
-                self.remove_from(&old, &slice.key.name);
-                dirty.push(old);
-            }
-            None => {}
+        let previous = self.slice_service.insert(slice.key.clone(), service.clone());
+        if previous.as_ref() == Some(&service) && self.slices(&service).any(|known| *known == slice) {
+            return Dirty::Nothing;
         }
-        self.slice_service.insert(slice.key.clone(), service.clone());
-        self.slices.entry(service.clone()).or_default().insert(slice.key.name.clone(), slice);
+        let mut dirty = Vec::new();
+        if let Some(old) = previous.filter(|old| *old != service) {
+            self.remove_from(&old, &slice.key.name);
+            dirty.push(old);
+        }
+        let slices = self.slices.entry(service.clone()).or_default();
+        match position(slices, &slice.key.name) {
+            Ok(i) => slices[i] = slice,
+            Err(i) => {
+                slices.reserve_exact(1);
+                slices.insert(i, slice);
+            }
+        }
         dirty.push(service);
         Dirty::Services(dirty)
     }
@@ -145,7 +147,9 @@ impl Model {
 
     fn remove_from(&mut self, service: &ServiceKey, slice: &str) {
         if let Some(slices) = self.slices.get_mut(service) {
-            slices.remove(slice);
+            if let Ok(i) = position(slices, slice) {
+                slices.remove(i);
+            }
             if slices.is_empty() {
                 self.slices.remove(service);
             }
@@ -159,6 +163,11 @@ impl Model {
         self.node = node;
         Dirty::All
     }
+}
+
+/// Where the slice of that name is, or would be.
+fn position(slices: &[EndpointSlice], name: &str) -> Result<usize, usize> {
+    slices.binary_search_by(|slice| (*slice.key.name).cmp(name))
 }
 
 #[cfg(test)]

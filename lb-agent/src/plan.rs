@@ -103,7 +103,7 @@ pub struct Retired {
 pub struct Planner {
     capacities: Capacities,
     record_ids: Ids,
-    records: BTreeMap<u32, Record>,
+    records: BTreeMap<u32, Box<Record>>,
     by_name: HashMap<Arc<str>, u32>,
     owned: BTreeMap<ServiceKey, Vec<u32>>,
     slots: Slots,
@@ -196,7 +196,7 @@ impl Planner {
                 });
                 continue;
             };
-            let mut record = self.records.remove(&id).unwrap_or_else(|| Record::new(key, desired));
+            let mut record = self.records.remove(&id).unwrap_or_else(|| Box::new(Record::new(key, desired)));
             let planned = self.plan_record(id, &mut record, desired, draft);
             if known.is_none() {
                 if !planned {
@@ -259,7 +259,7 @@ impl Planner {
 }
 
 /// The smallest (namespace, name) gets a frontend that several Services claim; within one, the smallest record name.
-fn rank<'a>(records: &'a BTreeMap<u32, Record>) -> impl Fn(u32) -> Option<Rank<'a>> + use<'a> {
+fn rank<'a>(records: &'a BTreeMap<u32, Box<Record>>) -> impl Fn(u32) -> Option<Rank<'a>> + use<'a> {
     |id| records.get(&id).map(|r| (&r.owner, &*r.name))
 }
 

@@ -1,8 +1,14 @@
 //! The whole agent, from settings to its end: starts every part, connects them, waits for a signal.
 
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
-use lb_common::LAYOUT_VERSION;
+use lb_common::{LAYOUT_VERSION, nat::PortRange};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, mpsc, watch},
@@ -13,7 +19,7 @@ use tokio::{
 use crate::{
     datapath::{self, Datapath, Role},
     health::Status,
-    http,
+    host, http,
     maps::{Devices, MapError, Maps, Scrape},
     metrics::Metrics,
     reconcile::{self, Core, NodeRules, Reconciler, Wiring},
@@ -99,7 +105,7 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
     };
     let wiring = Wiring {
         events,
-        addresses,
+        addresses: addresses.clone(),
         audit,
         retired: retired_in,
         status: status.clone(),
@@ -117,7 +123,8 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
         metrics.clone(),
     )));
     parts.spawn(forever(watch_devices(datapath.clone(), devices, addresses_in)));
-    parts.spawn(forever(count_devices(datapath.clone(), metrics)));
+    parts.spawn(forever(count_devices(datapath.clone(), metrics.clone())));
+    parts.spawn(forever(watch_host(datapath.clone(), settings.snat_ports, addresses.clone(), metrics)));
     parts.spawn(forever(sweeper.run(retired)));
     parts.spawn(async move { Ok(reconciler.run().await?) });
     let (from, node) = (settings.source.clone(), settings.node_name.clone());
@@ -135,13 +142,36 @@ async fn forever(part: impl Future<Output = ()>) -> Result<(), Error> {
 async fn watch_devices(
     datapath: Arc<Datapath>,
     devices: Arc<Devices>,
-    addresses: watch::Sender<std::collections::BTreeSet<std::net::IpAddr>>,
+    addresses: watch::Sender<BTreeSet<IpAddr>>,
 ) {
     loop {
         let Err(error) = datapath.follow_devices(devices.clone(), addresses.clone()).await;
         tracing::error!(error = %crate::chain(&error), "devices cannot be watched; trying again");
         sleep(WATCH_AGAIN).await;
     }
+}
+
+/// Follows what the node's own settings allow.
+async fn watch_host(
+    datapath: Arc<Datapath>,
+    snat_ports: PortRange,
+    addresses: watch::Receiver<BTreeSet<IpAddr>>,
+    metrics: Arc<Metrics>,
+) {
+    let (findings_in, mut findings) = watch::channel(Vec::<host::Finding>::new());
+    let tell = async {
+        let mut counts: BTreeMap<&'static str, i64> = BTreeMap::new();
+        while findings.changed().await.is_ok() {
+            counts.values_mut().for_each(|n| *n = 0);
+            for finding in findings.borrow_and_update().iter().filter(|f| !f.fixed) {
+                *counts.entry(finding.kind.as_str()).or_default() += 1;
+            }
+            for (kind, n) in &counts {
+                metrics.set_host_findings(kind, *n);
+            }
+        }
+    };
+    tokio::join!(host::watch(datapath, snat_ports, addresses, findings_in), tell);
 }
 
 async fn count_devices(datapath: Arc<Datapath>, metrics: Arc<Metrics>) {

@@ -17,7 +17,7 @@ pub struct Settings {
     pub pod_devices: Vec<glob::Pattern>,
     pub xdp: XdpSetting,
     pub socket_lb: SocketLb,
-    /// cgroup v2 directory that the socket hooks are attached to; `None`: find the mount.
+    /// cgroup v2 directory that the socket hooks are attached to; `None`: not given, and none is mounted.
     pub cgroup_root: Option<PathBuf>,
     /// bpffs directory of the pins.
     pub state_dir: PathBuf,

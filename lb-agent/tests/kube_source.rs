@@ -33,22 +33,29 @@ async fn start() -> Bed {
     connect(server).await
 }
 
-async fn connect(server: Arc<ApiServer>) -> Bed {
-    // The address in the kubeconfig leads nowhere (RFC 5737): the one given as master must win.
-    let kubeconfig = tempfile::NamedTempFile::new().unwrap();
-    let text = json!({
+async fn kube_run(client: ::kube::Client, tx: mpsc::Sender<Event>, status: Arc<SourceStatus>) {
+    kube::run(client, "n1", tx, status).await;
+}
+
+/// The address leads nowhere (RFC 5737): the one given as master must win.
+fn kubeconfig() -> String {
+    let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": "http://192.0.2.1:9"}}],
         "users": [{"name": "u", "user": {}}],
     });
-    std::fs::write(kubeconfig.path(), text.to_string()).unwrap();
+    config.to_string()
+}
+
+async fn connect(server: Arc<ApiServer>) -> Bed {
+    let config = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(config.path(), kubeconfig()).unwrap();
     let master = format!("http://{}", server.address);
-    let client = kube::client(Some(kubeconfig.path()), Some(&master)).await.unwrap();
+    let client = kube::client(Some(config.path()), Some(&master)).await.unwrap();
     let status = Arc::new(SourceStatus::default());
     let (tx, rx) = mpsc::channel(64);
-    let shared = status.clone();
-    let task = tokio::spawn(async move { kube::run(client, "n1", tx, shared).await });
+    let task = tokio::spawn(kube_run(client, tx, status.clone()));
     Bed { server, rx, status, task }
 }
 
@@ -285,6 +292,27 @@ async fn waits_for_an_api_server_that_comes_later() {
     bed.until("it tried", |bed| bed.status.reconnects() >= 3).await;
     bed.server.restart().await;
     assert_eq!(bed.synced().await, ["+a"].map(String::from).into());
+}
+
+/// The server does not speak TLS; that the client does, and survives it, is what is seen here.
+#[tokio::test]
+async fn a_failed_handshake_is_one_more_failure() {
+    let server = ApiServer::start().await;
+    let master = format!("https://{}", server.address);
+    let config = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(config.path(), kubeconfig()).unwrap();
+    let client = kube::client(Some(config.path()), Some(&master)).await.unwrap();
+    let (tx, mut rx) = mpsc::channel(64);
+    let status = Arc::new(SourceStatus::default());
+    let task = tokio::spawn(kube_run(client, tx, status.clone()));
+    let tried = async {
+        while status.reconnects() < 3 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(DEADLINE, tried).await.expect("never tried");
+    assert!(!status.connected() && rx.try_recv().is_err() && !task.is_finished());
+    task.abort();
 }
 
 #[tokio::test]

@@ -73,13 +73,15 @@ pub fn open<A: Net>(
     hash: u32,
 ) -> Result<(), Counter> {
     let Some(Scratch { reply, reply_key, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
-    *reply = *flow;
-    reply.src = key.dst;
-    reply.sport = key.dport;
-    reply.dst = key.src;
-    reply.dport = key.sport;
-    reply.flags = reply_flags;
-    reply.tcp_seen = 0;
+    *reply = Flow {
+        src: key.dst,
+        dst: key.src,
+        sport: key.dport,
+        dport: key.sport,
+        flags: reply_flags,
+        tcp_seen: 0,
+        ..*flow
+    };
 
     *reply_key = flow.rewritten(key.proto).reversed();
     let mut inserted = false;

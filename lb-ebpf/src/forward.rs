@@ -10,7 +10,7 @@ use crate::{
     net::{Net, Packet, Scratch},
 };
 
-/// `struct bpf_fib_lookup` of the kernel's UAPI, with the members that are used named.
+/// `struct bpf_fib_lookup` of the kernel's UAPI, with the members that are used named. IPv4 addresses are the first word.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Fib {
@@ -33,23 +33,6 @@ pub struct Fib {
 
 const _: () = assert!(size_of::<Fib>() == 64);
 
-impl Fib {
-    pub const EMPTY: Self = Self {
-        family: 0,
-        l4_protocol: 0,
-        sport: 0,
-        dport: 0,
-        tot_len: 0,
-        ifindex: 0,
-        tos: 0,
-        src: [0; 4],
-        dst: [0; 4],
-        vlan: 0,
-        smac: [0; 6],
-        dmac: [0; 6],
-    };
-}
-
 /// Return values of `bpf_fib_lookup` that are told apart.
 pub mod result {
     pub const SUCCESS: i64 = 0;
@@ -59,19 +42,22 @@ pub mod result {
 
 /// Asks the kernel's routing table. `ip_bytes` is checked against the route's MTU unless it is 0.
 ///
-/// Returns the kernel's code and the filled parameters; a negative code means that the arguments were refused.
+/// Returns the kernel's code and fills `fib` (MAC addresses only on success); a negative code means that the arguments
+/// were refused.
 #[inline(always)]
 pub fn route<A: Net>(ctx: *mut c_void, p: &Packet<A>, src: &A, dst: &A, ip_bytes: u16, fib: &mut Fib) -> i64 {
-    *fib = Fib {
-        family: A::AF,
-        l4_protocol: p.tuple.proto,
-        tot_len: ip_bytes,
-        ifindex: p.ifindex,
-        tos: if A::IS_V6 { 0 } else { p.tos as u32 },
-        src: [src.word(0), src.word(1), src.word(2), src.word(3)],
-        dst: [dst.word(0), dst.word(1), dst.word(2), dst.word(3)],
-        ..Fib::EMPTY
-    };
+    fib.family = A::AF;
+    fib.l4_protocol = p.tuple.proto;
+    fib.sport = 0;
+    fib.dport = 0;
+    fib.tot_len = ip_bytes;
+    fib.ifindex = p.ifindex;
+    fib.tos = if A::IS_V6 { 0 } else { p.tos as u32 };
+    for i in 0..A::WORDS {
+        fib.src[i] = src.word(i);
+        fib.dst[i] = dst.word(i);
+    }
+    fib.vlan = 0;
     // SAFETY: the parameters are a valid struct of the size given.
     unsafe { bpf_fib_lookup(ctx, (fib as *mut Fib).cast(), size_of::<Fib>() as i32, 0) as i64 }
 }

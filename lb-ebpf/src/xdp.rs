@@ -8,7 +8,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::{bindings::xdp_action, helpers::generated::bpf_redirect, programs::XdpContext};
 use lb_common::{
-    Be16, V4, V6,
+    Be16, Be32, V4, V6,
     checksum::{self, Sum},
     conntrack::{Flow, flags, tcp},
     proto,
@@ -57,13 +57,10 @@ impl Frame {
         }
     }
 
-    /// False if the frame is too short.
+    /// The eight words of an IPv6 header's addresses, one by one: copied as a whole they would become a call.
     #[inline(always)]
-    fn read_into<T: Copy>(self, offset: usize, to: &mut T) -> bool {
-        let Some(p) = self.at::<T>(offset) else { return false };
-        // SAFETY: as above.
-        *to = unsafe { (*p).0 };
-        true
+    fn addresses6(self) -> Option<*mut Even<Be32>> {
+        self.at::<[V6; 2]>(L3 + 8).map(|p| p.cast())
     }
 
     #[inline(always)]
@@ -123,8 +120,13 @@ impl Wire for V4 {
 impl Wire for V6 {
     #[inline(always)]
     fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool {
-        if !frame.read_into(L3 + 8, p.tuple.addresses_mut()) {
-            return false;
+        let Some(words) = frame.addresses6() else { return false };
+        for i in 0..4 {
+            // SAFETY: eight words lie inside the frame, by the check in `at`.
+            unsafe {
+                p.tuple.src[i] = (*words.add(i)).0;
+                p.tuple.dst[i] = (*words.add(4 + i)).0;
+            }
         }
         let Some(payload_bytes) = frame.read::<Be16>(L3 + 4) else { return false };
         let Some([next, hop_limit]) = frame.read::<[u8; 2]>(L3 + 6) else { return false };
@@ -146,8 +148,15 @@ impl Wire for V6 {
         _addresses: Sum,
     ) -> Option<()> {
         frame.write(L3 + 7, ttl)?;
-        frame.write(L3 + 8, flow.src)?;
-        frame.write(L3 + 24, flow.dst)
+        let words = frame.addresses6()?;
+        for i in 0..4 {
+            // SAFETY: as in `read_header`.
+            unsafe {
+                (*words.add(i)).0 = flow.src[i];
+                (*words.add(4 + i)).0 = flow.dst[i];
+            }
+        }
+        Some(())
     }
 }
 

@@ -154,7 +154,8 @@ pub(super) fn size(given: &Given) -> Result<u32, Error> {
 
 pub(super) fn seconds(given: &Given) -> Result<u32, Error> {
     const ALLOWED: &str = "whole seconds from 1s on, such as 90s, 15m, 24h or 1h30m";
-    let time: SignedDuration = given.value.trim().parse().map_err(|error| given.invalid(error, ALLOWED))?;
+    let time: SignedDuration =
+        given.value.trim().parse().map_err(|_| given.invalid("not a duration", ALLOWED))?;
     if time.subsec_nanos() != 0 {
         return Err(given.invalid("not whole seconds", ALLOWED));
     }

@@ -11,7 +11,8 @@ use super::{
 pub type Removed = Vec<String>;
 
 /// Detaches all programs, frees all maps and removes the state directory, of all layout versions. Nothing to do is fine.
-/// Refused while an agent uses the directory. Must run in the network namespace that the agent ran in, for clsact filters.
+/// Settings of the node that the host checks have switched on stay: others may rely on them by now. Refused while an agent
+/// uses the directory. Must run in the network namespace that the agent ran in, for clsact filters.
 pub fn cleanup(root: &Path) -> Result<Removed, Error> {
     let Some(state) = StateDir::open_existing(root)? else { return Ok(Vec::new()) };
     let mut removed = Vec::new();

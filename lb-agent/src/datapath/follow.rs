@@ -48,39 +48,62 @@ pub async fn follow(
     let mut resync = interval(RESYNC);
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
     resync.tick().await;
-    let mut first = true;
-    let mut change = Change::ALL;
-    let mut routes = BTreeSet::new();
-    let mut unhandled = BTreeSet::new();
+    let (unhandled, routes) = Default::default();
+    let mut follower = Follower { datapath, sink, addresses, handle, unhandled, routes, settled: false };
+    let (mut change, mut verify) = (Change::ALL, true);
     loop {
-        match look(&handle, change, &mut routes).await {
-            Ok((links, context)) => {
-                let roles = roles(&datapath, &links, &context);
-                report_unhandled(&links, &mut unhandled);
-                datapath.apply(&links, &roles, sink.as_ref());
-                if first {
-                    first = false;
-                    datapath.settle(sink.as_ref(), &links).await;
-                }
-                let current = devices::local_addresses(links.values());
-                addresses.send_if_modified(|known| {
-                    let new = *known != current;
-                    *known = current;
-                    new
-                });
+        if let Err(error) = follower.round(change, verify).await {
+            if connection.0.is_finished() {
+                return Err(error);
             }
-            Err(error) => {
-                warn!(%error, "the device list cannot be read; trying again");
-                sleep(RETRY).await;
-                change = Change::ALL;
-                continue;
-            }
+            warn!(%error, "the device list cannot be read; trying again");
+            sleep(RETRY).await;
+            (change, verify) = (Change::ALL, true);
+            continue;
         }
-        debug_assert!(!connection.0.is_finished());
-        change = tokio::select! {
-            change = events.changed() => change?,
-            _ = resync.tick() => Change::ALL,
+        (change, verify) = tokio::select! {
+            change = events.changed() => (change?, false),
+            _ = resync.tick() => (Change::ALL, true),
         };
+    }
+}
+
+struct Follower {
+    datapath: Arc<Datapath>,
+    sink: Arc<dyn DeviceSink>,
+    addresses: Sender<BTreeSet<IpAddr>>,
+    handle: rtnetlink::Handle,
+    /// Devices that a warning has been written about.
+    unhandled: BTreeSet<u32>,
+    /// Devices with a default route.
+    routes: BTreeSet<u32>,
+    /// The first round is done.
+    settled: bool,
+}
+
+impl Follower {
+    /// Looks at the devices, acts, and tells the addresses.
+    async fn round(&mut self, change: Change, verify: bool) -> Result<(), Error> {
+        if change.default_route {
+            self.routes = watch::default_routes(&self.handle).await?;
+        }
+        let links = watch::links(&self.handle).await?;
+        let context = devices::Context { default_route: self.routes.clone(), ..watch::kinds(&links) };
+        let roles = roles(&self.datapath, &links, &context);
+        report_unhandled(&links, &mut self.unhandled);
+        self.datapath.apply(&links, &roles, verify, self.sink.as_ref());
+        let first = !std::mem::replace(&mut self.settled, true);
+        if first {
+            self.datapath.settle(self.sink.as_ref(), &links).await;
+        }
+        let current = devices::local_addresses(links.values());
+        self.addresses.send_if_modified(|known| {
+            // Also a node without addresses says so once.
+            let tell = first || *known != current;
+            *known = current;
+            tell
+        });
+        Ok(())
     }
 }
 
@@ -91,19 +114,6 @@ impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-async fn look(
-    handle: &rtnetlink::Handle,
-    change: Change,
-    routes: &mut BTreeSet<u32>,
-) -> Result<(Links, devices::Context), Error> {
-    if change.default_route {
-        *routes = watch::default_routes(handle).await?;
-    }
-    let links = watch::links(handle).await?;
-    let context = devices::Context { default_route: routes.clone(), ..watch::kinds(&links) };
-    Ok((links, context))
 }
 
 fn roles(datapath: &Datapath, links: &Links, context: &devices::Context) -> BTreeMap<u32, Role> {
@@ -128,9 +138,19 @@ fn report_unhandled(links: &Links, known: &mut BTreeSet<u32>) {
     }
 }
 
+impl Followed {
+    fn new(link: &LinkFacts, role: Role) -> Self {
+        Self { facts: link.clone(), role, entry: None, attached: None, failure: None }
+    }
+
+    fn is_settled(&self, link: &LinkFacts, role: Role) -> bool {
+        self.facts == *link && self.role == role && self.failure.is_none() && self.attached.is_some()
+    }
+}
+
 impl Datapath {
-    /// Brings all devices to what they should be.
-    fn apply(&self, links: &Links, roles: &BTreeMap<u32, Role>, sink: &dyn DeviceSink) {
+    /// Brings all devices to what they should be; looks at those that have not changed only to `verify` them.
+    fn apply(&self, links: &Links, roles: &BTreeMap<u32, Role>, verify: bool, sink: &dyn DeviceSink) {
         let gone: Vec<u32> = self.followed().keys().copied().filter(|i| !roles.contains_key(i)).collect();
         let mut changed = !gone.is_empty();
         for ifindex in gone {
@@ -138,15 +158,13 @@ impl Datapath {
         }
         for (ifindex, role) in roles {
             let Some(link) = links.get(ifindex) else { continue };
-            let mut device = self.followed().get(ifindex).cloned().unwrap_or_else(|| Followed {
-                name: link.name.clone(),
-                role: *role,
-                entry: None,
-                attached: None,
-                failure: None,
-            });
+            let known = self.followed().get(ifindex).cloned();
+            if known.as_ref().is_some_and(|d| !verify && d.is_settled(link, *role)) {
+                continue;
+            }
+            let mut device = known.unwrap_or_else(|| Followed::new(link, *role));
             let before = (device.attached.clone(), device.failure.clone());
-            device.name.clone_from(&link.name);
+            device.facts.clone_from(link);
             device.role = *role;
             match self.ensure(link, &mut device, sink) {
                 Ok(()) => device.failure = None,
@@ -207,7 +225,7 @@ impl Datapath {
 
     /// A device that is gone, or has no role any more.
     fn forget(&self, ifindex: u32, sink: &dyn DeviceSink) {
-        let name = self.followed().remove(&ifindex).map_or_else(String::new, |d| d.name);
+        let name = self.followed().remove(&ifindex).map_or_else(String::new, |d| d.facts.name);
         if let Err(error) = attach::release(ifindex, &self.state.links()) {
             warn!(device = name, ifindex, %error, "programs cannot be taken off");
         }

@@ -82,11 +82,11 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
     };
     let mut loader = EbpfLoader::new();
     loader
-        .override_global(global::JIFFIES_PER_S, &jiffies_per_s, false)
-        .override_global(global::SNAT_PORT_FIRST, &first, false)
-        .override_global(global::SNAT_PORT_LAST, &last, false)
-        .override_global(global::HASH_SEED, &seed, false)
-        .override_global(global::SOCKET_NETNS, &netns, false);
+        .override_global(global::JIFFIES_PER_S, &jiffies_per_s, true)
+        .override_global(global::SNAT_PORT_FIRST, &first, true)
+        .override_global(global::SNAT_PORT_LAST, &last, true)
+        .override_global(global::HASH_SEED, &seed, true)
+        .override_global(global::SOCKET_NETNS, &netns, true);
     for (map, entries) in max_entries(&settings.capacities) {
         loader.map_max_entries(map, entries);
     }

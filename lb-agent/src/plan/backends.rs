@@ -49,7 +49,8 @@ pub(super) struct Backends {
     family: Family,
     ids: Ids,
     by_key: HashMap<Key, u32>,
-    entries: HashMap<u32, Entry>,
+    /// By id: they are dense.
+    entries: Vec<Option<Entry>>,
     /// Ids whose use has changed since the last plan was finished.
     touched: BTreeSet<u32>,
     /// Elements that no valid state has.
@@ -70,7 +71,7 @@ impl Backends {
             family,
             ids: Ids::new(capacity, used),
             by_key: HashMap::with_capacity(actual.len()),
-            entries: HashMap::with_capacity(actual.len()),
+            entries: Vec::new(),
             touched: BTreeSet::new(),
             strays: Vec::new(),
         };
@@ -86,14 +87,14 @@ impl Backends {
                 anomalies.push(Anomaly::DuplicateBackend { family, first, second: id });
             }
             let written = if backend.local { Written::Local } else { Written::Remote };
-            backends.entries.insert(id, Entry { key, written, refs: 0, local_refs: 0 });
+            backends.insert(id, Entry { key, written, refs: 0, local_refs: 0 });
         }
         backends
     }
 
     /// True if `id` is a backend of that protocol.
     pub(super) fn is(&self, id: u32, protocol: Protocol) -> bool {
-        self.entries.get(&id).is_some_and(|e| e.key.2 == protocol)
+        self.entries.get(id as usize).and_then(Option::as_ref).is_some_and(|e| e.key.2 == protocol)
     }
 
     /// The id of an endpoint, now used by one more record. `None`: all ids are taken.
@@ -104,7 +105,7 @@ impl Backends {
             None => {
                 let id = self.ids.allocate()?;
                 self.by_key.insert(key, id);
-                self.entries.insert(id, Entry { key, written: Written::No, refs: 0, local_refs: 0 });
+                self.insert(id, Entry { key, written: Written::No, refs: 0, local_refs: 0 });
                 id
             }
         };
@@ -114,7 +115,7 @@ impl Backends {
 
     /// One more record uses `id`.
     pub(super) fn hold(&mut self, id: u32, is_local: bool) {
-        if let Some(entry) = self.entries.get_mut(&id) {
+        if let Some(entry) = self.entry(id) {
             entry.refs += 1;
             entry.local_refs += u32::from(is_local);
             self.touched.insert(id);
@@ -123,7 +124,7 @@ impl Backends {
 
     /// One record less uses `id`. What the kernel never had is forgotten at once, the rest by [`Self::finish`].
     pub(super) fn release(&mut self, id: u32, is_local: bool) {
-        let Some(entry) = self.entries.get_mut(&id) else { return };
+        let Some(entry) = self.entry(id) else { return };
         entry.refs -= 1;
         entry.local_refs -= u32::from(is_local);
         if entry.refs == 0 && entry.written == Written::No {
@@ -134,8 +135,20 @@ impl Backends {
         }
     }
 
+    fn entry(&mut self, id: u32) -> Option<&mut Entry> {
+        self.entries.get_mut(id as usize)?.as_mut()
+    }
+
+    fn insert(&mut self, id: u32, entry: Entry) {
+        let i = id as usize;
+        if self.entries.len() <= i {
+            self.entries.resize_with(i + 1, || None);
+        }
+        self.entries[i] = Some(entry);
+    }
+
     fn forget(&mut self, id: u32) {
-        if let Some(entry) = self.entries.remove(&id) {
+        if let Some(entry) = self.entries.get_mut(id as usize).and_then(Option::take) {
             if self.by_key.get(&entry.key) == Some(&id) {
                 self.by_key.remove(&entry.key);
             }
@@ -145,7 +158,7 @@ impl Backends {
 
     /// Has [`Self::finish`] look at all of them: after a restart some are used by nobody.
     pub(super) fn touch_all(&mut self) {
-        self.touched.extend(self.entries.keys());
+        self.touched.extend((0..).zip(&self.entries).filter(|(_, e)| e.is_some()).map(|(id, _)| id));
     }
 
     /// Operations for all changes since the last call: `writes` for before, `clears` for after the grace period.
@@ -154,7 +167,7 @@ impl Backends {
         let family = self.family;
         clears.extend(self.strays.drain(..).map(|id| MapOp::ClearBackend { family, id }));
         for id in std::mem::take(&mut self.touched) {
-            let Some(entry) = self.entries.get_mut(&id) else { continue };
+            let Some(entry) = self.entry(id) else { continue };
             let wanted = entry.wanted();
             if wanted == entry.written {
                 continue;
@@ -173,8 +186,8 @@ impl Backends {
 
     #[cfg(test)]
     pub(super) fn used(&self) -> usize {
-        assert_eq!(self.entries.len(), self.ids.used());
-        assert_eq!(self.entries.len(), self.by_key.len());
+        assert_eq!(self.entries.iter().flatten().count(), self.ids.used());
+        assert_eq!(self.by_key.len(), self.ids.used());
         self.ids.used()
     }
 }

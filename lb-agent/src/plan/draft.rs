@@ -20,6 +20,8 @@ pub(super) struct Draft {
     pub(super) freed_records: Vec<u32>,
     /// Something else that a Service may be waiting for was freed.
     pub(super) freed: bool,
+    /// Something was replaced that is nobody's to give back.
+    pub(super) grace: bool,
     pub(super) rejections: Vec<Rejection>,
     pub(super) retired: Vec<Retired>,
 }

@@ -138,7 +138,7 @@ impl Planner {
             }
             // Nothing at all is better than traffic to somebody else's backends.
             for run in [&mut record.cluster, &mut record.local].into_iter().filter(|run| run.broken) {
-                *run = Run::default();
+                swap(run, Placed::New(Run::default()), draft);
             }
             timeout_s = record.kernel.affinity_timeout_s;
         }
@@ -319,6 +319,8 @@ fn swap(run: &mut Run, placed: Placed, draft: &mut Draft) {
         draft.slots.push(MapOp::WriteSlots { base: new.base, backends: new.backends.to_vec() });
     }
     let old = std::mem::replace(run, new);
+    // Where a broken range leads nobody knows; nobody is there any more after a grace period.
+    draft.grace |= old.broken;
     if !old.broken && !old.backends.is_empty() {
         draft.freed_runs.push((old.base, old.backends.len() as u32));
     }

@@ -91,7 +91,7 @@ impl Planner {
         services: BTreeMap<u32, ActualService>,
         leftovers: &mut Leftovers,
         anomalies: &mut Vec<Anomaly>,
-    ) -> BTreeMap<u32, Record> {
+    ) -> BTreeMap<u32, Box<Record>> {
         let capacity = self.capacities.services;
         let mut records = BTreeMap::new();
         for (id, service) in services {
@@ -117,7 +117,7 @@ impl Planner {
             }
             self.by_name.insert(record.name.clone(), id);
             self.owned.entry(record.owner.clone()).or_default().push(id);
-            records.insert(id, record);
+            records.insert(id, Box::new(record));
         }
         records
     }
@@ -179,8 +179,10 @@ impl Planner {
 
     /// Slots of a record that is not taken over: nobody else gets them before it is gone.
     fn keep_unused<const N: usize>(&mut self, ranges: [SlotRange; N], leftovers: &mut Leftovers) {
-        for range in ranges.into_iter().filter(|r| !r.is_empty() && in_bounds(*r, self.capacities.slots)) {
-            leftovers.runs.extend(self.slots.take(range.base(), range.len()));
+        let capacity = self.capacities.slots;
+        for range in ranges.into_iter().filter(|r| !r.is_empty() && r.base() < capacity) {
+            let len = range.len().min(capacity - range.base());
+            leftovers.runs.extend(self.slots.take(range.base(), len));
         }
     }
 }
@@ -191,7 +193,7 @@ fn in_bounds(range: SlotRange, capacity: u32) -> bool {
 
 fn recover_members(
     members: BTreeMap<MemberKey, u32>,
-    records: &mut BTreeMap<u32, Record>,
+    records: &mut BTreeMap<u32, Box<Record>>,
     leftovers: &mut Leftovers,
     anomalies: &mut Vec<Anomaly>,
 ) {

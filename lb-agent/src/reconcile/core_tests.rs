@@ -179,7 +179,10 @@ fn an_audit_repairs_what_somebody_else_broke() {
     let good = core.kernel.state.clone();
     let frontend = *good.frontends.keys().next().unwrap();
     core.kernel.state.frontends.remove(&frontend);
-    core.kernel.state.services.insert(77, ActualService { name: Some("who/knows:x/TCP/v4".into()), ..Default::default() });
+    core.kernel
+        .state
+        .services
+        .insert(77, ActualService { name: Some("who/knows:x/TCP/v4".into()), ..Default::default() });
     core.sync(&node_addresses()).unwrap();
     assert_ne!(core.kernel.state, good, "a turn without changes does not look");
     let outcome = core.audit(&node_addresses()).unwrap();

@@ -20,7 +20,8 @@ use lb_agent::{
 use lb_common::{conntrack::Timeouts, device::Device, maps::name, nat::PortRange};
 use tokio::{runtime::Runtime, sync::watch};
 
-const DEADLINE: Duration = Duration::from_secs(10);
+/// Far more than anything here takes, also while the machine builds something.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Runs a test on a node of its own.
 pub fn on_a_node(test: impl FnOnce(&Node) -> Result<()> + Send + 'static) {
@@ -142,7 +143,7 @@ impl Node {
     pub fn start(&self, settings: &Settings, tc: TcSetting) -> Result<Agent<'_>> {
         let datapath = Arc::new(free(|| Datapath::start_with(settings, tc))?);
         let sink = Arc::new(Sink::open(&settings.state_dir)?);
-        let (tell, addresses) = watch::channel([IpAddr::from([0, 0, 0, 0])].into());
+        let (tell, addresses) = watch::channel(BTreeSet::new());
         let follow = datapath.follow_devices(Arc::clone(&sink) as Arc<dyn DeviceSink>, tell);
         let mut first = addresses.clone();
         let task = self.runtime.block_on(async {

@@ -75,6 +75,12 @@ async fn config(kubeconfig: Option<&Path>, has_master: bool) -> Result<Option<Co
     if Path::new(SERVICE_ACCOUNT_TOKEN).exists() {
         // With --master the address in the environment does not matter, and need not be there.
         let config = if has_master { Config::incluster_dns() } else { Config::incluster() };
+        if !has_master {
+            tracing::warn!(
+                "using the address of the API server that pods get; it is a ClusterIP as a rule, which works on a new node only once \
+                 this agent has programmed it: give --master"
+            );
+        }
         return config.map(Some).map_err(Error::ServiceAccount);
     }
     match Config::from_kubeconfig(&KubeConfigOptions::default()).await {

@@ -1,7 +1,7 @@
 //! The files of a directory and the objects in them: what changed since the last look.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs,
     hash::{DefaultHasher, Hasher as _},
     io,
@@ -148,11 +148,14 @@ impl Store {
         let file = || name.to_owned();
         let mut objects = BTreeMap::new();
         for object in parsed.objects {
-            let reference = object.reference();
-            if objects.contains_key(&reference) {
-                changes.findings.push(Finding::Duplicate { file: file(), object: reference, counts: file() });
-            } else {
-                objects.insert(reference, object);
+            match objects.entry(object.reference()) {
+                Entry::Vacant(entry) => {
+                    entry.insert(object);
+                }
+                Entry::Occupied(entry) => {
+                    let object = entry.key().clone();
+                    changes.findings.push(Finding::Duplicate { file: file(), object, counts: file() });
+                }
             }
         }
         if let Some(old) = self.files.get(name) {
