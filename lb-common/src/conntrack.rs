@@ -85,8 +85,9 @@ pub const fn stage(proto: u8, forward_seen: u8, reply_seen: u8, answered: bool) 
             Stage::Closing
         } else if reply_seen & tcp::SYN != 0 && forward_seen & tcp::ACK != 0 {
             Stage::Established
-        } else if forward_seen & tcp::SYN == 0 {
-            // Picked up in the middle (the flow began before the agent did, or the entry was lost).
+        } else if forward_seen & tcp::SYN == 0 && reply_seen != 0 {
+            // Picked up in the middle (the flow began before the agent did, or the entry was lost), and the backend
+            // knows of it.
             Stage::Established
         } else {
             Stage::Opening
@@ -96,6 +97,13 @@ pub const fn stage(proto: u8, forward_seen: u8, reply_seen: u8, answered: bool) 
     } else {
         Stage::Opening
     }
+}
+
+/// True once a TCP connection is over for both ends: each has sent its FIN, or one a reset. A connection that only one
+/// end has closed still carries data the other way (RFC 9293 section 3.6).
+#[inline(always)]
+pub const fn has_ended(forward_seen: u8, reply_seen: u8) -> bool {
+    (forward_seen | reply_seen) & tcp::RST != 0 || forward_seen & reply_seen & tcp::FIN != 0
 }
 
 /// How long a flow may be silent, in seconds. Defaults follow nf_conntrack (net.netfilter.nf_conntrack_*_timeout).
@@ -170,7 +178,16 @@ mod tests {
         assert_eq!(stage(TCP, tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK, true), Stage::Established);
         assert_eq!(stage(TCP, tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK | tcp::FIN, true), Stage::Closing);
         assert_eq!(stage(TCP, tcp::SYN, tcp::RST | tcp::ACK, true), Stage::Closing);
-        assert_eq!(stage(TCP, tcp::ACK, 0, false), Stage::Established);
+        assert_eq!(stage(TCP, tcp::ACK, 0, false), Stage::Opening);
+        assert_eq!(stage(TCP, tcp::ACK, tcp::ACK, true), Stage::Established);
+    }
+
+    #[test]
+    fn a_half_closed_connection_has_not_ended() {
+        assert!(!has_ended(tcp::SYN | tcp::ACK | tcp::FIN, tcp::SYN | tcp::ACK));
+        assert!(!has_ended(tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK | tcp::FIN));
+        assert!(has_ended(tcp::ACK | tcp::FIN, tcp::ACK | tcp::FIN));
+        assert!(has_ended(tcp::ACK, tcp::RST));
     }
 
     #[test]

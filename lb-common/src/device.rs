@@ -11,12 +11,18 @@ pub struct Device {
     /// Source address for flows that leave by this device under the node's name; 0 if it has none.
     pub snat4: V4,
     pub snat6: V6,
+    /// The device's own MAC address; what XDP takes for itself.
+    pub mac: [u8; 6],
+    pub _pad: u16,
 }
 
-map_type!(Device, size = 24);
+map_type!(Device, size = 32);
 
 /// Bits of [`Device::flags`].
 pub mod flags {
     /// Packets that come in by this device come from outside the node.
     pub const EXTERNAL: u32 = 1 << 0;
+    /// The device runs an XDP program, so its driver takes frames that XDP sends it from another device. Without that a
+    /// redirect would lose them after the program has run.
+    pub const XDP_TARGET: u32 = 1 << 1;
 }

@@ -69,6 +69,10 @@ counters! {
     PassExtensionHeader = 16, "pass_extension_header";
     /// Packets of a Service that XDP left to tc: a case it does not handle, or no neighbour entry yet.
     XdpLeftToTc = 17, "xdp_left_to_tc";
+    /// Dropped: a TCP segment that ends something, for a frontend, of no known connection. It opens nothing.
+    DropNoFlow = 18, "drop_no_flow";
+    /// Dropped: an ICMP error would have answered, but too many have this second.
+    DropIcmpRateLimited = 19, "drop_icmp_rate_limited";
 }
 
 #[cfg(test)]

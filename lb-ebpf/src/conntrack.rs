@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::generated::bpf_jiffies64;
 use lb_common::{
-    conntrack::{Flow, Stage, flags, stage, tcp},
+    conntrack::{Flow, Stage, flags, has_ended, stage, tcp},
     tuple::Tuple,
     verdict::Counter,
     {Be16, nat},
@@ -10,7 +10,7 @@ use lb_common::{
 
 use crate::{
     globals,
-    net::{NOEXIST, Net, Scratch},
+    net::{ANY, NOEXIST, Net, Scratch},
 };
 
 const EEXIST: i32 = -17;
@@ -38,24 +38,30 @@ pub fn refresh<A: Net>(flow: *mut Flow<A>, tcp_flags: u8, now: u32) {
     }
 }
 
-/// For a SYN on the tuple of `flow`: removes both its entries if the connection has ended, so that a new one may take
-/// the tuple over, and returns true. Looks at both directions. Not inlined, for the stack's sake.
+/// For a SYN on the tuple of `flow`, or a SYN-ACK on that of its answers: removes both its entries if the connection has
+/// ended, so that a new one may take the tuple over, and returns true. Looks at both directions. Not inlined, for the
+/// stack's sake.
 #[inline(never)]
 pub fn make_way<A: Net>(key: &Tuple<A>, flow: *mut Flow<A>) -> bool {
     // SAFETY: a map value, valid for the program's run.
-    let forward = unsafe { &*flow };
-    let other = forward.rewritten(key.proto).reversed();
-    let reply_seen = match A::flow(&other) {
+    let this = unsafe { &*flow };
+    let other = this.rewritten(key.proto).reversed();
+    let other_seen = match A::flow(&other) {
         // SAFETY: as above.
-        Some(reply) => unsafe { (*reply).tcp_seen },
+        Some(other) => unsafe { (*other).tcp_seen },
         None => 0,
     };
-    if stage(key.proto, forward.tcp_seen, reply_seen, true) != Stage::Closing {
-        return false;
+    let over = if this.flags & flags::REPLY != 0 {
+        has_ended(other_seen, this.tcp_seen)
+    } else {
+        // The client says so itself: it does not open a connection on a port that it still uses.
+        stage(key.proto, this.tcp_seen, other_seen, true) == Stage::Closing
+    };
+    if over {
+        A::remove_flow(key);
+        A::remove_flow(&other);
     }
-    A::remove_flow(key);
-    A::remove_flow(&other);
-    true
+    over
 }
 
 /// Creates both entries of a flow and leaves the client-side one in `flow`.
@@ -96,7 +102,13 @@ pub fn open<A: Net>(
                 inserted = true;
                 break;
             }
-            Err(EEXIST) if attempt == 0 && take_over(reply_key, reply) => {
+            Err(EEXIST) if is_same(reply_key, reply) => {
+                // Made by another CPU a moment ago, or left over from a flow that was just expired.
+                inserted = A::put_flow(reply_key, reply, ANY).is_ok();
+                break;
+            }
+            // The client's own port: it knows that its old connection is over.
+            Err(EEXIST) if attempt == 0 && !any_port && take_over(reply_key, reply, 0) => {
                 inserted = true;
                 break;
             }
@@ -104,7 +116,8 @@ pub fn open<A: Net>(
             Err(_) => return Err(Counter::DropFlowTableFull),
         }
     }
-    if !inserted {
+    // Every port that was tried is taken: one whose connection has ended will do (the last one tried).
+    if !inserted && !take_over(reply_key, reply, TIME_WAIT_S) {
         return Err(Counter::DropSnatExhausted);
     }
     match A::put_flow(key, flow, NOEXIST) {
@@ -117,21 +130,36 @@ pub fn open<A: Net>(
     }
 }
 
-/// True if the existing reply entry may stand for `reply`: it already is this flow's (made by another CPU a moment
-/// ago), or its own flow has ended, in which case it is replaced.
+/// How long the port of an ended connection rests before another client gets it: a late segment would reach the wrong
+/// one, and the backend may still be in TIME-WAIT (RFC 9293 section 3.6.1 asks for minutes; Linux reuses after a second,
+/// RFC 6191).
+const TIME_WAIT_S: u32 = 2;
+
+/// True if the existing reply entry translates to what `reply` does: it is this flow's.
 #[inline(always)]
-fn take_over<A: Net>(reply_key: &Tuple<A>, reply: &Flow<A>) -> bool {
-    let Some(existing) = A::flow(reply_key) else { return A::put_flow(reply_key, reply, NOEXIST).is_ok() };
-    // SAFETY: a map value, valid for the program's run; copied before it can change.
-    let existing = unsafe { *existing };
-    if existing.rewritten(reply_key.proto) == reply.rewritten(reply_key.proto) {
-        return true;
+fn is_same<A: Net>(reply_key: &Tuple<A>, reply: &Flow<A>) -> bool {
+    match A::flow(reply_key) {
+        // SAFETY: a map value, valid for the program's run.
+        Some(existing) => unsafe {
+            (*existing).rewritten(reply_key.proto) == reply.rewritten(reply_key.proto)
+        },
+        None => false,
     }
+}
+
+/// Replaces the existing reply entry if its flow has ended at least `rest_s` seconds ago.
+#[inline(always)]
+fn take_over<A: Net>(reply_key: &Tuple<A>, reply: &Flow<A>, rest_s: u32) -> bool {
+    let Some(existing) = A::flow(reply_key) else { return A::put_flow(reply_key, reply, NOEXIST).is_ok() };
+    // SAFETY: a map value, valid for the program's run.
+    let existing = unsafe { &*existing };
+    let rested = |last_seen: u32| reply.created.wrapping_sub(last_seen) >= rest_s * globals::jiffies_per_s();
     let forward_key = existing.rewritten(reply_key.proto).reversed();
     if let Some(forward) = A::flow(&forward_key) {
         // SAFETY: as above.
-        let seen = unsafe { (*forward).tcp_seen };
-        if stage(reply_key.proto, seen, existing.tcp_seen, true) != Stage::Closing {
+        let forward = unsafe { &*forward };
+        let ended = has_ended(forward.tcp_seen, existing.tcp_seen);
+        if !ended || !rested(forward.last_seen) || !rested(existing.last_seen) {
             return false;
         }
         A::remove_flow(&forward_key);

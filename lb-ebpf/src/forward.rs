@@ -67,7 +67,8 @@ pub fn route<A: Net>(ctx: *mut c_void, p: &Packet<A>, src: &A, dst: &A, ip_bytes
 pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A) -> Result<A, Counter> {
     let Some(Scratch { fib, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
     let code = route(ctx, p, &p.tuple.src, &dst, 0, fib);
-    if code != result::SUCCESS && code != result::NO_NEIGH {
+    // A packet that is too big for the link gets its flow too: whoever forwards it tells the sender.
+    if !matches!(code, result::SUCCESS | result::NO_NEIGH | result::FRAG_NEEDED) {
         return Err(Counter::DropNoRoute);
     }
     // SAFETY: read at once.

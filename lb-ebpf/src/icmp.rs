@@ -15,7 +15,7 @@ use lb_common::{
 };
 
 use crate::{
-    metrics,
+    globals, maps, metrics,
     net::{Net, Packet, Quoted, Scratch},
     parse::{ETHERNET_BYTES, Ipv4Header, Ipv6Header, PortsStart, ports},
     rewrite::{TCP_CHECK, UDP_CHECK},
@@ -295,7 +295,9 @@ fn on_error<A: Family>(skb: Skb, p: &Packet<A>, hook: u16) -> Outcome {
     }
     let ttl = if flow.flags & flags::TRANSIT != 0 { p.ttl - 1 } else { p.ttl };
     // The other end of the flow speaks for itself under its frontend's address; a router on the way has its own.
-    let src = if p.tuple.src == q.tuple.dst { flow.src } else { p.tuple.src };
+    // In transit towards the backend the router's address would be a stranger's in the pod network.
+    let to_backend = flow.flags & (flags::TRANSIT | flags::REPLY) == flags::TRANSIT;
+    let src = if to_backend || p.tuple.src == q.tuple.dst { flow.src } else { p.tuple.src };
     *inner = flow.rewritten(q.tuple.proto).reversed();
     *outer = Tuple::new(src, Be16::default(), flow.dst, Be16::default(), p.tuple.proto);
     store_translated(skb, p, q, inner, outer, ttl).map_err(|_| Counter::DropRewriteFailed)?;
@@ -370,11 +372,40 @@ pub fn answer<A: Family>(skb: Skb, p: &Packet<A>, error: Error) -> i32 {
 
 #[inline(always)]
 fn on_answer<A: Family>(skb: Skb, p: &Packet<A>, error: Error) -> Outcome {
-    if p.l3 != ETHERNET_BYTES || p.is_later_fragment {
+    // RFC 1122 section 3.2.2, RFC 4443 section 2.4: never to a source that is not one host.
+    if p.l3 != ETHERNET_BYTES || p.is_later_fragment || !p.tuple.src.is_unicast() {
         return Err(Counter::DropIcmpBuildFailed);
+    }
+    if !within_budget(p.now) {
+        return Err(Counter::DropIcmpRateLimited);
     }
     build(skb, p, error).map_err(|_| Counter::DropIcmpBuildFailed)?;
     tc::back_out(skb)
+}
+
+/// ICMP errors that one CPU sends per second. RFC 1812 section 4.3.2.8 asks for a limit: spoofed packets for a Service
+/// without endpoints would make the node flood their alleged senders. The kernel's own is 1000
+/// (net.ipv4.icmp_msgs_per_sec).
+const ERRORS_PER_S: u32 = 1000;
+
+/// This CPU's errors of the current second.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Budget {
+    since: u32,
+    sent: u32,
+}
+
+#[inline(always)]
+fn within_budget(now: u32) -> bool {
+    let Some(budget) = maps::ICMP_BUDGET.get_ptr_mut(0) else { return false };
+    // SAFETY: this CPU's own element.
+    let budget = unsafe { &mut *budget };
+    if now.wrapping_sub(budget.since) >= globals::jiffies_per_s() {
+        *budget = Budget { since: now, sent: 0 };
+    }
+    budget.sent += 1;
+    budget.sent <= ERRORS_PER_S
 }
 
 /// Longest IP header with options, or IPv6 header with extensions, that is quoted.

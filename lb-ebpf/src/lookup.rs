@@ -13,7 +13,7 @@ use lb_common::{
 
 use crate::{
     conntrack, forward, globals, maps, metrics,
-    net::{Net, Packet},
+    net::{Addressee, Net, Packet},
     service::{self, Refusal},
     trace::{self, Printed},
 };
@@ -22,7 +22,8 @@ use crate::{
 pub enum Found<A> {
     /// Not ours, or not for this hook.
     Nothing,
-    /// Translate. Points into a map: the entry may be removed meanwhile, its memory stays until the program returns.
+    /// Translate. Points into a map: the entry may be removed meanwhile. Its memory stays memory of the table, though in
+    /// theory another flow may move in within the nanoseconds until it is read (entries come from a per-CPU free list).
     Flow(*const Flow<A>),
     /// No backend.
     Refused(Refusal),
@@ -45,6 +46,8 @@ pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
         return Found::Flow(flow);
     }
     match A::frontend(&p.frontend_key()) {
+        // What ends a connection that nobody knows opens none: strays would fill the table.
+        Some(_) if p.is_end() => Found::Refused(Refusal::Drop(Counter::DropNoFlow)),
         Some(frontend) => opened(open(ctx, p, bytemuck::cast(frontend))),
         None => Found::Nothing,
     }
@@ -71,6 +74,10 @@ pub fn egress<A: Net>(p: &Packet<A>) -> Option<*const Flow<A>> {
     if unsafe { (*flow).flags } & flags::AT_EGRESS == 0 {
         return None;
     }
+    // The client used the port again, without the Service: not an answer of the connection that has ended.
+    if p.is_syn_ack() && conntrack::make_way(&p.tuple, flow) {
+        return None;
+    }
     conntrack::refresh(flow, p.tcp_flags, p.now);
     Some(flow)
 }
@@ -90,6 +97,7 @@ fn opened<A: Printed>(result: Opened) -> Found<A> {
             Found::Flow(&raw const scratch.opened)
         }
         (Opened::Done, None) => Found::Nothing,
+        (Opened::Refused(Refusal::NotOurs), _) => Found::Nothing,
         (Opened::Refused(refusal), _) => {
             trace::refused::<A>(refusal.counter());
             Found::Refused(refusal)
@@ -109,10 +117,10 @@ fn open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: u64) -> Opened {
 
 #[inline(always)]
 fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) -> Result<(), Refusal> {
-    let origin = origin(p.ifindex);
+    let origin = origin(p).ok_or(Refusal::NotOurs)?;
     let hash = select::hash_tuple(&p.tuple, globals::hash_seed());
     let picked = service::pick::<A>(frontend, origin, p.tuple.src, hash, p.now)?;
-    let (src, kind) = if is_hairpin(&p.tuple, &picked.backend.addr) {
+    let (src, kind) = if origin == Origin::Internal && is_hairpin(&p.tuple, &picked.backend.addr) {
         // The pod would drop a packet from itself; the frontend's address brings the answer back here.
         (p.tuple.dst, flags::HAIRPIN)
     } else if origin == Origin::External && !picked.backend.is_local() {
@@ -140,12 +148,24 @@ fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) ->
     Ok(())
 }
 
-/// Where packets of this device come from (rule D1: by the device, not by the address).
+/// Where the packet comes from (rule D1: by the device, not by the address). `None` for a frame that is addressed to
+/// somebody else: on a switch that floods, every node sees every client's packets, and one must translate them.
 #[inline(always)]
-fn origin(ifindex: u32) -> Origin {
+fn origin<A: Net>(p: &Packet<A>) -> Option<Origin> {
     // SAFETY: read at once.
-    match unsafe { maps::DEVICES.get(ifindex) } {
-        Some(d) if d.flags & device::flags::EXTERNAL != 0 => Origin::External,
-        _ => Origin::Internal,
+    let device = unsafe { maps::DEVICES.get(p.ifindex) };
+    match device {
+        Some(d) if d.flags & device::flags::EXTERNAL != 0 => {
+            let ours = match p.addressee.kind {
+                Addressee::ASK_MAC => p.addressee.mac == d.mac,
+                kind => kind == Addressee::HOST,
+            };
+            if ours { Some(Origin::External) } else { None }
+        }
+        // A port of a bridge takes frames for the bridge's address, which are for another host in the port's eyes.
+        _ => match p.addressee.kind {
+            Addressee::HOST | Addressee::OTHER_HOST => Some(Origin::Internal),
+            _ => None,
+        },
     }
 }

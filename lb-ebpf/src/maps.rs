@@ -18,7 +18,7 @@ use lb_common::{
     verdict::Counter,
 };
 
-use crate::net::Scratch;
+use crate::{icmp::Budget, net::Scratch};
 
 /// The agent writes these arrays through a memory map: a store is seen by the next packet.
 const MMAP: usize = BPF_F_MMAPABLE as usize;
@@ -73,5 +73,7 @@ pub static FRAGMENTS6: LruHashMap<FragmentKey<V6>, FragmentPorts, { capacity::FR
 pub static SCRATCH4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
 #[btf_map]
 pub static SCRATCH6: PerCpuArray<Scratch<V6>, 1> = PerCpuArray::new();
+#[btf_map]
+pub static ICMP_BUDGET: PerCpuArray<Budget, 1> = PerCpuArray::new();
 #[btf_map]
 pub static CLOCK: Array<Clock, 1> = Array::new();

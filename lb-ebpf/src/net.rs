@@ -35,13 +35,15 @@ pub trait Net: Addr {
     fn put_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts);
     /// This CPU's scratch memory. Valid for one step: callees use it too.
     fn scratch() -> Option<&'static mut Scratch<Self>>;
+    /// An address that one host has: something can be sent to it.
+    fn is_unicast(&self) -> bool;
     /// The source address for flows that leave by this device, if it has one of this family.
     fn snat_addr(device: &Device) -> Option<Self>;
 }
 
 macro_rules! impl_net {
     ($t:ty, $header:literal, $af:literal, $frontends:ident, $backends:ident, $flows:ident, $affinity:ident,
-     $fragments:ident, $scratch:ident, $snat:ident, $none:expr) => {
+     $fragments:ident, $scratch:ident, $snat:ident, $none:expr, $unicast:ident) => {
         impl Net for $t {
             const HEADER_BYTES: u32 = $header;
             const AF: u8 = $af;
@@ -95,6 +97,10 @@ macro_rules! impl_net {
                 maps::$scratch.get_ptr_mut(0).map(|s| unsafe { &mut *s })
             }
             #[inline(always)]
+            fn is_unicast(&self) -> bool {
+                $unicast(self)
+            }
+            #[inline(always)]
             fn snat_addr(device: &Device) -> Option<Self> {
                 if device.$snat == $none { None } else { Some(device.$snat) }
             }
@@ -102,8 +108,48 @@ macro_rules! impl_net {
     };
 }
 
-impl_net!(V4, 20, 2, FRONTENDS4, BACKENDS4, FLOWS4, AFFINITY4, FRAGMENTS4, SCRATCH4, snat4, V4::default());
-impl_net!(V6, 40, 10, FRONTENDS6, BACKENDS6, FLOWS6, AFFINITY6, FRAGMENTS6, SCRATCH6, snat6, V6::default());
+impl_net!(
+    V4,
+    20,
+    2,
+    FRONTENDS4,
+    BACKENDS4,
+    FLOWS4,
+    AFFINITY4,
+    FRAGMENTS4,
+    SCRATCH4,
+    snat4,
+    V4::default(),
+    is_unicast4
+);
+impl_net!(
+    V6,
+    40,
+    10,
+    FRONTENDS6,
+    BACKENDS6,
+    FLOWS6,
+    AFFINITY6,
+    FRAGMENTS6,
+    SCRATCH6,
+    snat6,
+    V6::default(),
+    is_unicast6
+);
+
+/// Not 0.0.0.0/8, 127.0.0.0/8, multicast, reserved or broadcast (RFC 1122 section 3.2.1.3).
+#[inline(always)]
+const fn is_unicast4(addr: &V4) -> bool {
+    let first = addr.get() >> 24;
+    first != 0 && first != 127 && first < 224
+}
+
+/// Not unspecified, loopback or multicast (RFC 4291 section 2.4).
+#[inline(always)]
+fn is_unicast6(addr: &V6) -> bool {
+    let high = addr[0].raw() | addr[1].raw() | addr[2].raw();
+    addr[0].get() >> 24 != 0xff && (high != 0 || addr[3].get() > 1)
+}
 
 /// What is kept off the stack, which has 512 bytes for a whole call chain.
 #[repr(C)]
@@ -163,6 +209,8 @@ pub struct Packet<A> {
     pub fragment_id: u32,
     /// The device that the packet came in by.
     pub ifindex: u32,
+    /// Whom the frame is for, so far as the hook can tell.
+    pub addressee: Addressee,
     /// [`crate::conntrack::now`] when it came in.
     pub now: u32,
 }
@@ -173,17 +221,48 @@ impl<A: Net> Packet<A> {
         FragmentKey::new(self.tuple.src, self.tuple.dst, self.fragment_id, self.tuple.proto)
     }
 
+    /// A TCP packet that ends a connection.
+    #[inline(always)]
+    pub const fn is_end(&self) -> bool {
+        use lb_common::conntrack::tcp;
+        self.tcp_flags & (tcp::FIN | tcp::RST) != 0
+    }
+
+    /// A TCP packet that accepts a connection.
+    #[inline(always)]
+    pub const fn is_syn_ack(&self) -> bool {
+        use lb_common::conntrack::tcp;
+        self.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
+    }
+
     /// A TCP packet that opens a connection.
     #[inline(always)]
     pub const fn is_syn(&self) -> bool {
         use lb_common::conntrack::tcp;
-        self.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN
+        self.tcp_flags & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST) == tcp::SYN
     }
 
     #[inline(always)]
     pub const fn frontend_key(&self) -> FrontendKey<A> {
         FrontendKey::new(self.tuple.dst, self.tuple.dport, self.tuple.proto)
     }
+}
+
+/// Whom a frame is addressed to.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Addressee {
+    /// tc: `skb->pkt_type` (PACKET_HOST is 0). XDP: [`Addressee::ASK_MAC`].
+    pub kind: u32,
+    /// XDP: the destination MAC address.
+    pub mac: [u8; 6],
+}
+
+impl Addressee {
+    pub const HOST: u32 = 0;
+    pub const OTHER_HOST: u32 = 3;
+    /// `mac` has to be compared with the device's.
+    pub const ASK_MAC: u32 = u32::MAX;
 }
 
 /// Ports as the first four bytes of TCP, UDP and SCTP headers have them.

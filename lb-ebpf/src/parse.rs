@@ -144,7 +144,7 @@ impl Parse for V4 {
         p.tuple = Tuple::new(ip.src, Be16::default(), ip.dst, Be16::default(), ip.proto);
         p.l3 = l3;
         p.l4 = l3 + header_bytes;
-        p.ip_bytes = skb.len().wrapping_sub(l3);
+        p.ip_bytes = ip_bytes(skb, l3, ip.total_bytes.get() as u32);
         p.ttl = ip.ttl;
         p.tos = ip.tos;
         p.ip_check = ip.check;
@@ -187,7 +187,10 @@ impl Parse for V6 {
         p.tuple._pad2 = 0;
         p.l3 = l3;
         p.l4 = l3 + Self::HEADER_BYTES;
-        p.ip_bytes = skb.len().wrapping_sub(l3);
+        p.ip_bytes = match start.payload_bytes.get() as u32 {
+            0 => ip_bytes(skb, l3, 0),
+            payload => ip_bytes(skb, l3, payload + Self::HEADER_BYTES),
+        };
         p.ttl = start.hop_limit;
         p.tos = 0;
         p.ip_check = 0;
@@ -236,6 +239,13 @@ fn walk_extensions(skb: Skb, p: &mut Packet<V6>) -> bool {
     false
 }
 
+/// Length from the IP header on. What the header says, because short frames are padded; a packet larger than the field can
+/// say has 0 there (BIG TCP, kernel commit b1a78b9b9886).
+#[inline(always)]
+fn ip_bytes(skb: Skb, l3: u32, told: u32) -> u32 {
+    if told == 0 { skb.len().wrapping_sub(l3) } else { told }
+}
+
 #[inline(always)]
 fn icmp<A: Net>(skb: Skb, p: &Packet<A>, is_error: impl Fn(u8) -> bool) -> Parsed {
     if p.is_fragment {
@@ -271,15 +281,27 @@ fn transport<A: Net>(skb: Skb, p: &mut Packet<A>) -> Parsed {
             p.tuple.dport = tcp.dport;
             p.tcp_flags = tcp.flags;
             p.l4_bytes = (tcp.offset >> 4) << 2;
+            if !holds::<A, TcpHeader>(p) {
+                return Parsed::Other;
+            }
         }
         proto::UDP => {
             let Some(udp) = skb.load::<PortsStart>(p.l4) else { return Parsed::Other };
             p.tuple.sport = udp.sport;
             p.tuple.dport = udp.dport;
+            if !holds::<A, PortsStart>(p) {
+                return Parsed::Other;
+            }
         }
         _ => return Parsed::Other,
     }
     Parsed::Packet
+}
+
+/// True if a layer 4 header `T` ends within the packet, not in the padding of a short frame.
+#[inline(always)]
+const fn holds<A: Net, T>(p: &Packet<A>) -> bool {
+    p.l4 - p.l3 + size_of::<T>() as u32 <= p.ip_bytes
 }
 
 /// Both ports of `t`, as a header starts with them.

@@ -24,6 +24,8 @@ pub enum Refusal {
     Reject,
     /// Say nothing.
     Drop(Counter),
+    /// Addressed to another host: leave it alone.
+    NotOurs,
 }
 
 impl Refusal {
@@ -33,6 +35,8 @@ impl Refusal {
         match self {
             Self::Reject => Counter::RejectNoEndpoints,
             Self::Drop(counter) => counter,
+            // Never counted: the packet passes.
+            Self::NotOurs => Counter::DropBadMap,
         }
     }
 }

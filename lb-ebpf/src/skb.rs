@@ -47,6 +47,13 @@ impl Skb {
         unsafe { (*self.0).ifindex }
     }
 
+    /// `skb->pkt_type`: whom the frame is addressed to.
+    #[inline(always)]
+    pub fn packet_type(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).pkt_type }
+    }
+
     /// EtherType, network order.
     #[inline(always)]
     pub fn protocol(self) -> u16 {

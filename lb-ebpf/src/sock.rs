@@ -248,8 +248,8 @@ fn answer(outcome: Outcome) -> i32 {
             metrics::count(Counter::SocketRejectNoEndpoints);
             ECONNREFUSED
         }
-        Outcome::Refused(Refusal::Drop(reason)) => {
-            metrics::count(reason);
+        Outcome::Refused(refusal) => {
+            metrics::count(refusal.counter());
             ETIMEDOUT
         }
     };
@@ -276,19 +276,22 @@ fn choose<A: Mapped>(call: Call, peer: &Peer) -> Outcome {
     };
     let backend = Peer { addr: picked.backend.addr.to_mapped(), port: picked.backend.port };
     let origin = SocketOrigin { frontend: peer.addr, port: peer.port, _pad: 0, _pad2: 0 };
-    remember(call.key(&backend), &origin);
-    metrics::count_connection(frontend.service);
+    if remember(call.key(&backend), &origin) {
+        metrics::count_connection(frontend.service);
+    }
     Outcome::To(backend)
 }
 
-/// A conversation of datagrams finds its entry there already.
+/// True if this is news: a conversation of datagrams finds its entry there already.
 #[inline(always)]
-fn remember(key: SocketKey, origin: &SocketOrigin) {
+fn remember(key: SocketKey, origin: &SocketOrigin) -> bool {
     // SAFETY: read at once.
-    if unsafe { maps::SOCKETS.get(key) } != Some(origin) {
-        // A full LRU evicts; failing altogether only costs the name that the process sees.
-        let _ = maps::SOCKETS.insert(key, origin, ANY);
+    if unsafe { maps::SOCKETS.get(key) } == Some(origin) {
+        return false;
     }
+    // A full LRU evicts; failing altogether only costs the name that the process sees.
+    let _ = maps::SOCKETS.insert(key, origin, ANY);
+    true
 }
 
 #[inline(always)]

@@ -98,6 +98,7 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
         // SAFETY: see `Found::Flow`.
         Found::Flow(flow) => send_on(skb, p, unsafe { &*flow }),
         Found::Refused(Refusal::Drop(reason)) => Err(reason),
+        Found::Refused(Refusal::NotOurs) => Ok(NEXT),
         Found::Refused(Refusal::Reject) => {
             metrics::count(Counter::RejectNoEndpoints);
             Ok(icmp::answer(skb, p, icmp::Error::PORT_UNREACHABLE))
@@ -124,6 +125,7 @@ fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
 fn parse<A: Family>(skb: Skb, l3: u32, p: &mut Packet<A>) -> Parsed {
     p.ifindex = skb.ifindex();
     p.now = conntrack::now();
+    p.addressee.kind = skb.packet_type();
     A::parse(skb, l3, p)
 }
 
@@ -193,21 +195,15 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         _ => return Err(Counter::DropNoRoute),
     }
     translate(skb, p, flow, p.ttl - 1)?;
-    leave(skb, code, fib)
+    leave(fib)
 }
 
-/// Out by the device that the routing table named. Without a neighbour entry the kernel makes one.
+/// Out by the device that the routing table named. The kernel finds the neighbour, or makes an entry for it, and keeps
+/// it alive: the MAC address from the routing table would be used on when nobody answers there any more.
 #[inline(always)]
-fn leave(skb: Skb, code: i64, fib: &Fib) -> Outcome {
-    let redirected = if code == forward::result::SUCCESS {
-        skb.store(0, &[fib.dmac, fib.smac]).map_err(|_| Counter::DropRewriteFailed)?;
-        // SAFETY: plain integers.
-        unsafe { bpf_redirect(fib.ifindex, 0) }
-    } else {
-        // SAFETY: no parameters: the kernel takes the next hop from the routing table.
-        unsafe { bpf_redirect_neigh(fib.ifindex, core::ptr::null_mut(), 0, 0) }
-    };
-    Ok(redirected as i32)
+fn leave(fib: &Fib) -> Outcome {
+    // SAFETY: no parameters: the kernel takes the next hop from the routing table.
+    Ok(unsafe { bpf_redirect_neigh(fib.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
 }
 
 /// Sends a translated ICMP error where the flow it is about goes.
@@ -220,7 +216,7 @@ pub fn send_error<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, src: &A, f
         return Ok(NEXT);
     }
     match forward::route(skb.ctx(), p, src, &flow.dst, 0, fib) {
-        code @ (forward::result::SUCCESS | forward::result::NO_NEIGH) => leave(skb, code, fib),
+        forward::result::SUCCESS | forward::result::NO_NEIGH => leave(fib),
         _ => Err(Counter::DropNoRoute),
     }
 }

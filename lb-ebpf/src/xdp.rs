@@ -11,7 +11,7 @@ use lb_common::{
     Be16, Be32, V4, V6,
     checksum::{self, Sum},
     conntrack::{Flow, flags, tcp},
-    proto,
+    device, proto,
     tuple::Tuple,
     verdict::Counter,
 };
@@ -19,8 +19,8 @@ use lb_common::{
 use crate::{
     conntrack, forward,
     lookup::{self, Found},
-    metrics,
-    net::{Net, Packet, Scratch},
+    maps, metrics,
+    net::{Addressee, Net, Packet, Scratch},
     parse::{ETHERNET_BYTES, Ipv4Header, ethertype},
     trace::Printed,
 };
@@ -177,6 +177,9 @@ pub fn run(ctx: &XdpContext) -> u32 {
 fn on_frame<A: Wire>(frame: Frame, ifindex: u32) -> u32 {
     let Some(Scratch { packet: p, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
     p.ifindex = ifindex;
+    p.addressee.kind = Addressee::ASK_MAC;
+    let Some(mac) = frame.read::<[u8; 6]>(0) else { return xdp_action::XDP_PASS };
+    p.addressee.mac = mac;
     if !parse(frame, p) {
         return xdp_action::XDP_PASS;
     }
@@ -206,12 +209,12 @@ fn parse<A: Wire>(frame: Frame, p: &mut Packet<A>) -> bool {
     p.tuple.dport = dport;
     p.tcp_flags = 0;
     match p.tuple.proto {
-        proto::UDP => frame.at::<u16>(A::L4 + 6).is_some(),
+        proto::UDP => p.ip_bytes >= A::HEADER_BYTES + 8 && frame.at::<u16>(A::L4 + 6).is_some(),
         proto::TCP => {
-            // The flags, and the last two bytes: the whole header is there.
+            // The flags, and the last two bytes: the whole header is there, and not in the padding of a short frame.
             let Some(seen) = frame.read::<u8>(A::L4 + 13) else { return false };
             p.tcp_flags = seen & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST);
-            frame.at::<u16>(A::L4 + 18).is_some()
+            p.ip_bytes >= A::HEADER_BYTES + 20 && frame.at::<u16>(A::L4 + 18).is_some()
         }
         _ => false,
     }
@@ -229,9 +232,14 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     if p.ttl <= 1 {
         return Some(left_to_tc());
     }
+    // Once a second, when the flow's time is stamped, the stack sends a packet: it keeps the neighbour entry alive, which a
+    // look into the routing table does not.
+    if flow.last_seen == p.now && flow.created != p.now {
+        return Some(left_to_tc());
+    }
     let Scratch { fib, .. } = A::scratch()?;
     let code = forward::route(frame.ctx, p, &flow.src, &flow.dst, p.ip_bytes as u16, fib);
-    if code != forward::result::SUCCESS {
+    if code != forward::result::SUCCESS || !takes_frames(fib.ifindex, p.ifindex) {
         return Some(left_to_tc());
     }
     translate(frame, p, flow, p.ttl - 1)?;
@@ -241,6 +249,13 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     }
     // SAFETY: plain integers.
     Some(unsafe { bpf_redirect(fib.ifindex, 0) } as u32)
+}
+
+/// True if XDP can send frames that came in by `from` out by `to`: many drivers, and all of tunnels and VLANs, cannot.
+#[inline(always)]
+fn takes_frames(to: u32, from: u32) -> bool {
+    // SAFETY: read at once.
+    to == from || unsafe { maps::DEVICES.get(to) }.is_some_and(|d| d.flags & device::flags::XDP_TARGET != 0)
 }
 
 /// Writes the flow's translation. All headers were read before, so nothing here can fail halfway.

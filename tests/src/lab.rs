@@ -148,6 +148,8 @@ impl Lab {
             flags: device::flags::EXTERNAL,
             snat4: first(false).map(|a| a.parse::<Ipv4Addr>().unwrap().into()).unwrap_or_default(),
             snat6: first(true).map(|a| v6(a.parse::<Ipv6Addr>().unwrap())).unwrap_or_default(),
+            mac: crate::frame::NODE_MAC,
+            _pad: 0,
         };
         self.hash::<u32, Device>(name::DEVICES).insert(dev.ifindex, value, 0)?;
         Ok(dev)
@@ -271,6 +273,11 @@ impl Lab {
         };
         out.truncate(result.data_size_out as usize);
         Ok((action, out))
+    }
+
+    /// What the data path knows about a device.
+    pub fn device(&mut self, dev: Dev) -> Result<Device> {
+        Ok(self.hash::<u32, Device>(name::DEVICES).get(&dev.ifindex, 0)?)
     }
 
     /// All counters that are not zero.

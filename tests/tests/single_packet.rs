@@ -293,8 +293,11 @@ fn transit_goes_out_under_the_nodes_address_and_comes_back() -> Result<()> {
                     let onward = |f: Frame| {
                         f.with(|f| {
                             f.ttl -= 1;
-                            f.src_mac = NODE_MAC;
-                            f.dst_mac = ROUTER_MAC;
+                            // From tc the kernel sets them on the way out.
+                            if hook == Hook::Xdp {
+                                f.src_mac = NODE_MAC;
+                                f.dst_mac = ROUTER_MAC;
+                            }
                         })
                     };
                     assert_frame("request", &out, &onward(sent.between((n.node, port), backend)).bytes());
@@ -706,8 +709,7 @@ fn icmp_errors_of_transit_flows_reach_the_client() -> Result<()> {
         let (action, out) = lab.run(Hook::Ingress, ext, &error)?;
         assert_eq!(action, Action::Redirect);
         let quoted = quotation(&sent.clone().with(|f| f.ttl -= 1));
-        let want =
-            icmp_error((NODE_MAC, ROUTER_MAC), n.vip, n.client, 63, IcmpError::PortUnreachable, &quoted);
+        let want = icmp_error(macs, n.vip, n.client, 63, IcmpError::PortUnreachable, &quoted);
         assert_frame("error", &out, &want);
     }
     Ok(())
@@ -769,7 +771,8 @@ fn transit_without_route_or_address_drops_with_a_reason() -> Result<()> {
     assert_eq!(lab.run(Hook::Ingress, ext, &sent)?.0, Action::Drop);
     assert_eq!(lab.counters()?, [("drop_no_route", 1)]);
     ip("route add 203.0.113.0/24 via 192.0.2.254 dev ext0")?;
-    lab.set_device(ext, Device { flags: lb_common::device::flags::EXTERNAL, ..Device::default() })?;
+    let known = lab.device(ext)?;
+    lab.set_device(ext, Device { snat4: Device::default().snat4, ..known })?;
     assert_eq!(lab.run(Hook::Ingress, ext, &sent)?.0, Action::Drop);
     assert_eq!(lab.counters()?, [("drop_no_snat_address", 1), ("drop_no_route", 1)]);
     assert_eq!(lab.flow_entries(), 0);
@@ -816,6 +819,202 @@ fn a_slot_that_points_at_nothing_drops_with_a_reason() -> Result<()> {
         );
     }
     assert_eq!(lab.counters()?, [("drop_bad_map", 2)]);
+    Ok(())
+}
+
+/// A flow must open even if its first packet does not fit: only then can the sender be told.
+#[test]
+fn a_first_packet_that_is_too_big_is_answered() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ext = external(&mut lab)?;
+    ip("link set ext0 mtu 1400")?;
+    for n in nets() {
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        let big = udp((n.client, 40_000), (n.vip, 80)).with(|f| f.payload = vec![7; 1400]);
+        let (action, out) = lab.run(Hook::Ingress, ext, &big.bytes())?;
+        assert_eq!(action, Action::Redirect);
+        assert_icmp(&out, n.vip, &big, IcmpError::TooBig(1400));
+    }
+    Ok(())
+}
+
+/// A client that has closed its side still gets the rest of the answer: its port is not given to another.
+#[test]
+fn a_half_closed_connection_keeps_its_port() -> Result<()> {
+    let mut lab = Lab::with(Options { snat_ports: (20_000, 20_007), ..Options::default() })?;
+    let ext = external(&mut lab)?;
+    let n = nets()[0];
+    one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+    let client = (n.client, 1);
+    let (_, out) = lab.run(Hook::Ingress, ext, &tcp(SYN, client, (n.vip, 80)).bytes())?;
+    let port = source_port(&out, false);
+    lab.run(Hook::Ingress, ext, &tcp(SYN_ACK, (n.remote_pod, 8080), (n.node, port)).bytes())?;
+    lab.run(Hook::Ingress, ext, &tcp(FIN_ACK, client, (n.vip, 80)).bytes())?;
+    let mut opened = 0;
+    for other in 2..200 {
+        let (action, out) =
+            lab.run(Hook::Ingress, ext, &tcp(SYN, (n.other_client, other), (n.vip, 80)).bytes())?;
+        if action == Action::Redirect {
+            opened += 1;
+            assert_ne!(source_port(&out, false), port, "connection {other} got the port of a live one");
+        }
+    }
+    assert_eq!(opened, 7, "all other ports were free");
+    let rest = tcp(ACK, (n.remote_pod, 8080), (n.node, port));
+    let (_, out) = lab.run(Hook::Ingress, ext, &rest.bytes())?;
+    assert_eq!(out[30..34], [198, 51, 100, 7], "the answer goes to the client that asked");
+    Ok(())
+}
+
+#[test]
+fn segments_that_end_unknown_connections_open_nothing() -> Result<()> {
+    let mut lab = Lab::new()?;
+    for n in nets() {
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        for (port, flags) in [(1, RST), (2, RST | ACK), (3, FIN_ACK), (4, SYN | 1), (5, SYN | RST)] {
+            let stray = tcp(flags, (n.pod, port), (n.vip, 80)).bytes();
+            assert_eq!(lab.run(Hook::Ingress, lab.pod, &stray)?.0, Action::Drop, "flags {flags:#x}");
+        }
+    }
+    assert_eq!(lab.counters()?, [("drop_no_flow", 10)]);
+    assert_eq!(lab.flow_entries(), 0);
+    Ok(())
+}
+
+/// On a switch that floods, every node sees the packets of every client.
+#[test]
+fn frames_for_other_hosts_are_left_alone() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ext = external(&mut lab)?;
+    for n in nets() {
+        let nobody = lab.service(&[], &[])?;
+        one_backend(&mut lab, n, (n.pod, 8080), true)?;
+        lab.frontend((n.vip, 81), proto::UDP, nobody, 0)?;
+        for mac in [[2, 9, 9, 9, 9, 9], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
+            for port in [80, 81] {
+                let frame = udp((n.client, 40_000), (n.vip, port)).with(|f| f.dst_mac = mac).bytes();
+                for hook in [Hook::Ingress, Hook::Xdp] {
+                    assert_eq!(
+                        lab.run(hook, ext, &frame)?,
+                        (Action::Pass, frame.clone()),
+                        "{hook:?} {mac:x?}"
+                    );
+                }
+            }
+        }
+    }
+    assert_eq!(lab.flow_entries(), 0);
+    assert_eq!(lab.counters()?, []);
+    Ok(())
+}
+
+/// RFC 1122 section 3.2.2, RFC 4443 section 2.4.
+#[test]
+fn no_icmp_error_goes_to_a_source_that_is_not_one_host() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let sources: [&[&str]; 2] =
+        [&["0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255"], &["::", "::1", "ff02::1"]];
+    for (n, sources) in nets().into_iter().zip(sources) {
+        let nobody = lab.service(&[], &[])?;
+        lab.frontend((n.vip, 80), proto::UDP, nobody, 0)?;
+        for source in sources {
+            let frame = udp((source.parse()?, 40_000), (n.vip, 80)).bytes();
+            assert_eq!(lab.run(Hook::Ingress, lab.pod, &frame)?.0, Action::Drop, "{source}");
+        }
+    }
+    assert_eq!(lab.counters()?, [("reject_no_endpoints", 7), ("drop_icmp_build_failed", 7)]);
+    Ok(())
+}
+
+#[test]
+fn icmp_errors_have_a_limit() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let n = nets()[0];
+    let nobody = lab.service(&[], &[])?;
+    lab.frontend((n.vip, 80), proto::UDP, nobody, 0)?;
+    let frame = udp((n.pod, 40_000), (n.vip, 80)).bytes();
+    // 1000 a second on each CPU: a machine that cannot send more than that is not this slow.
+    let limited = (0..1_000_000).any(|_| lab.run(Hook::Ingress, lab.pod, &frame).unwrap().0 == Action::Drop);
+    assert!(limited);
+    assert!(lab.counters()?.contains(&("drop_icmp_rate_limited", 1)), "{:?}", lab.counters());
+    Ok(())
+}
+
+/// The client's port was used through the Service before, and now without it.
+#[test]
+fn a_direct_connection_after_one_through_the_service() -> Result<()> {
+    let mut lab = Lab::new()?;
+    for n in nets() {
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        let (client, backend) = ((n.pod, 40_000), (n.remote_pod, 8080));
+        lab.run(Hook::Ingress, lab.pod, &tcp(SYN, client, (n.vip, 80)).bytes())?;
+        lab.run(Hook::Egress, lab.pod, &tcp(SYN_ACK, backend, client).bytes())?;
+        lab.run(Hook::Ingress, lab.pod, &tcp(FIN_ACK, client, (n.vip, 80)).bytes())?;
+        lab.run(Hook::Egress, lab.pod, &tcp(FIN_ACK, backend, client).bytes())?;
+        let direct = tcp(SYN, client, backend).bytes();
+        assert_eq!(lab.run(Hook::Ingress, lab.pod, &direct)?, (Action::Pass, direct.clone()));
+        let answer = tcp(SYN_ACK, backend, client).bytes();
+        assert_eq!(lab.run(Hook::Egress, lab.pod, &answer)?, (Action::Pass, answer.clone()));
+    }
+    assert_eq!(lab.flow_entries(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_client_outside_with_the_backends_address_is_no_hairpin() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ext = external(&mut lab)?;
+    for n in nets() {
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        let sent = udp((n.remote_pod, 40_000), (n.vip, 80));
+        let (action, out) = lab.run(Hook::Ingress, ext, &sent.bytes())?;
+        assert_eq!(action, Action::Redirect);
+        let port = source_port(&out, n.vip.is_ipv6());
+        let (_, l4_src) = if n.vip.is_ipv6() { (22, &out[22..38]) } else { (26, &out[26..30]) };
+        let node = match n.node {
+            IpAddr::V4(a) => a.octets().to_vec(),
+            IpAddr::V6(a) => a.octets().to_vec(),
+        };
+        assert_eq!(l4_src, node, "leaves under the node's address, port {port}");
+    }
+    Ok(())
+}
+
+/// Short frames are padded to 60 bytes: the padding is not a header.
+#[test]
+fn padding_is_not_taken_for_a_header() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ext = external(&mut lab)?;
+    let n = nets()[0];
+    one_backend(&mut lab, n, (n.pod, 8080), true)?;
+    let mut frame = tcp(SYN, (n.client, 40_000), (n.vip, 80)).with(|f| f.payload.clear()).bytes();
+    // The IP header says 28 bytes: eight of TCP, and the rest is padding.
+    frame[16..18].copy_from_slice(&28u16.to_be_bytes());
+    for hook in [Hook::Ingress, Hook::Xdp] {
+        assert_eq!(lab.run(hook, ext, &frame)?, (Action::Pass, frame.clone()), "{hook:?}");
+    }
+    assert_eq!(lab.flow_entries(), 0);
+    Ok(())
+}
+
+/// XDP can hand frames over to another device only if its driver takes them.
+#[test]
+fn xdp_leaves_transit_by_other_devices_to_tc_unless_they_take_frames() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ext = external(&mut lab)?;
+    let other = lab.external("ext1", &["192.0.3.1/24"])?;
+    ip("neigh replace 192.0.3.254 lladdr 02:00:00:00:00:ee dev ext1 nud permanent")?;
+    ip("route replace 10.244.2.0/24 via 192.0.3.254 dev ext1")?;
+    let n = nets()[0];
+    one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+    let sent = udp((n.client, 40_000), (n.vip, 80)).bytes();
+    assert_eq!(lab.run(Hook::Xdp, ext, &sent)?, (Action::Pass, sent.clone()));
+    assert_eq!(lab.run(Hook::Ingress, ext, &sent)?.0, Action::Redirect);
+    let known = lab.device(other)?;
+    lab.set_device(other, Device { flags: known.flags | lb_common::device::flags::XDP_TARGET, ..known })?;
+    let (action, out) = lab.run(Hook::Xdp, ext, &sent)?;
+    assert_eq!(action, Action::Redirect);
+    assert_eq!(out[26..30], [192, 0, 3, 1], "under the address of the device it leaves by");
     Ok(())
 }
 

@@ -69,6 +69,11 @@ pub struct LinkFacts {
     /// Its other end is in another namespace (IFLA_LINK_NETNSID).
     pub peer_elsewhere: bool,
     pub master: Option<u32>,
+    /// The device that a VLAN or an overlay sits on (IFLA_LINK).
+    pub lower: Option<u32>,
+    /// A VLAN device sits on this one.
+    pub carries_vlans: bool,
+    pub mac: [u8; 6],
     /// Id of the XDP program on it.
     pub xdp_program: Option<u32>,
     pub addresses: Vec<Address>,
@@ -151,8 +156,9 @@ fn detect_veth(link: &LinkFacts, master: &str) -> Option<Role> {
 
 /// The device's entry in `DEVICES`.
 pub fn entry(link: &LinkFacts, role: Role) -> Device {
-    let mut device =
-        Device { flags: if role == Role::External { flags::EXTERNAL } else { 0 }, ..Default::default() };
+    let external = if role == Role::External { flags::EXTERNAL } else { 0 };
+    let xdp_target = if link.xdp_program.is_some() { flags::XDP_TARGET } else { 0 };
+    let mut device = Device { flags: external | xdp_target, mac: link.mac, ..Default::default() };
     let preferred = |v4: bool| {
         link.addresses
             .iter()
@@ -180,9 +186,10 @@ pub fn local_addresses<'a>(links: impl IntoIterator<Item = &'a LinkFacts>) -> BT
         .collect()
 }
 
-/// True if frames come from a wire, with checksums that are there: XDP may rewrite them. A veth's never are.
+/// True if frames come from a wire, with checksums that are there: XDP may rewrite them. A veth's never are. Not where a
+/// VLAN device sits on top: hardware takes the tags away before XDP sees the frames, and they would be sent on without.
 pub const fn frames_from_a_wire(link: &LinkFacts) -> bool {
-    link.on_bus && link.kind.is_empty()
+    link.on_bus && link.kind.is_empty() && !link.carries_vlans
 }
 
 /// The XDP mode that a device should have.
@@ -190,6 +197,10 @@ pub fn wanted_xdp(link: &LinkFacts, role: Role, setting: XdpSetting) -> super::X
     match (role, setting) {
         (Role::Pod, _) | (_, XdpSetting::Off) => super::Xdp::None,
         (Role::External, XdpSetting::Auto) if !frames_from_a_wire(link) => super::Xdp::None,
+        // Its ports run the program, and packets would seem to come in by them.
+        (Role::External, XdpSetting::Native) if matches!(link.kind.as_str(), "bond" | "team") => {
+            super::Xdp::None
+        }
         (Role::External, XdpSetting::Auto | XdpSetting::Native) => super::Xdp::Native,
         (Role::External, XdpSetting::Generic) => super::Xdp::Generic,
     }

@@ -134,4 +134,8 @@ fn automatic_xdp_is_for_wires_only() {
     assert_eq!(wanted_xdp(&veth, Role::External, XdpSetting::Generic), Xdp::Generic);
     assert_eq!(wanted_xdp(&nic, Role::Pod, XdpSetting::Native), Xdp::None);
     assert_eq!(wanted_xdp(&nic, Role::External, XdpSetting::Off), Xdp::None);
+    let trunk = LinkFacts { carries_vlans: true, ..nic.clone() };
+    assert_eq!(wanted_xdp(&trunk, Role::External, XdpSetting::Auto), Xdp::None);
+    let bond = LinkFacts { kind: "bond".into(), ..nic };
+    assert_eq!(wanted_xdp(&bond, Role::External, XdpSetting::Native), Xdp::None);
 }

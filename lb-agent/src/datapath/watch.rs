@@ -147,6 +147,12 @@ pub async fn links(handle: &Handle) -> Result<BTreeMap<u32, LinkFacts>, Error> {
             link.addresses.push(address);
         }
     }
+    let below_vlans: Vec<u32> = links.values().filter(|l| l.kind == "vlan").filter_map(|l| l.lower).collect();
+    for lower in below_vlans {
+        if let Some(link) = links.get_mut(&lower) {
+            link.carries_vlans = true;
+        }
+    }
     Ok(links)
 }
 
@@ -202,6 +208,8 @@ fn facts(message: &LinkMessage) -> LinkFacts {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Controller(master) => link.master = Some(*master),
             LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::Link(lower) => link.lower = Some(*lower),
+            LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().unwrap_or_default(),
             LinkAttribute::ParentDevName(_) => link.on_bus = true,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {

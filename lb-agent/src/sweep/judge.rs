@@ -11,8 +11,9 @@ use crate::maps::reply_answered;
 /// Entries are created one after the other; one whose other half is still missing after this long has lost it.
 const ORPHAN_AGE_S: u32 = 5;
 
-/// Timeout of flows without an answer while a table is nearly full: what fills a table is usually made of them.
-const OPENING_UNDER_PRESSURE_S: u32 = 10;
+/// Timeout of flows without an answer, and of those that are ending, while a table is nearly full: what fills a table is
+/// usually made of them.
+const UNDER_PRESSURE_S: u32 = 10;
 
 /// What flows are judged by.
 #[derive(Clone, Copy, Debug)]
@@ -39,8 +40,9 @@ pub enum Judgement {
 /// The timeouts while a table is nearly full.
 pub fn under_pressure(t: Timeouts) -> Timeouts {
     Timeouts {
-        tcp_opening_s: t.tcp_opening_s.min(OPENING_UNDER_PRESSURE_S),
-        udp_opening_s: t.udp_opening_s.min(OPENING_UNDER_PRESSURE_S),
+        tcp_opening_s: t.tcp_opening_s.min(UNDER_PRESSURE_S),
+        udp_opening_s: t.udp_opening_s.min(UNDER_PRESSURE_S),
+        tcp_closing_s: t.tcp_closing_s.min(UNDER_PRESSURE_S),
         ..t
     }
 }
