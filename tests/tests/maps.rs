@@ -428,7 +428,7 @@ fn strangers_and_absentees_are_refused() -> Result<()> {
 fn devices_are_put_and_deleted() -> Result<()> {
     let state = State::new(&[])?;
     let devices = Devices::open(&state.maps())?;
-    let device = Device { flags: 1, snat4: Be32::new(0x0a00_0001), snat6: Default::default() };
+    let device = Device { flags: 1, snat4: Be32::new(0x0a00_0001), ..Default::default() };
     devices.put(3, device)?;
     devices.put(9, Device::default())?;
     devices.delete(9)?;

@@ -1,10 +1,10 @@
 //! `--trace-flows`: log lines from inside the kernel programs.
 
 use lb_tests::{
-    SOON,
     cluster::{Cluster, Layout, Options},
     manifests::Service,
     place::Family,
+    shared::SOON,
     traffic::Call,
     wait_for,
 };
