@@ -87,9 +87,10 @@ pub fn capacity_option(map: &str) -> &'static str {
         name::FRONTENDS4 | name::FRONTENDS6 => "--max-frontends",
         name::SERVICES | name::SERVICE_NAMES | name::SERVICE_STATS => "--max-services",
         name::SLOTS => "--max-slots",
-        name::BACKENDS4 | name::BACKENDS6 => "--max-backends",
+        // One member per backend of a Service with affinity: sized like the backends.
+        name::BACKENDS4 | name::BACKENDS6 | name::AFFINITY_MEMBERS => "--max-backends",
         name::FLOWS4 | name::FLOWS6 => "--max-flows",
-        name::AFFINITY4 | name::AFFINITY6 | name::AFFINITY_MEMBERS => "--max-affinity",
+        name::AFFINITY4 | name::AFFINITY6 => "--max-affinity",
         name::SOCKETS => "--max-sockets",
         _ => "fixed",
     }

@@ -67,6 +67,10 @@ impl Model {
         }
     }
 
+    pub fn node_name(&self) -> &Arc<str> {
+        &self.node_name
+    }
+
     /// This node's own object, once it is known.
     pub fn node(&self) -> Option<&Node> {
         self.node.as_ref()

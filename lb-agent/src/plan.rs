@@ -11,8 +11,6 @@ use std::{
     sync::Arc,
 };
 
-use lb_common::maps::capacity;
-
 use crate::{
     model::{Model, ServiceKey},
     settings,
@@ -68,7 +66,7 @@ impl From<&settings::Capacities> for Capacities {
             services: c.services,
             slots: c.slots,
             backends: c.backends,
-            members: capacity::AFFINITY_MEMBERS,
+            members: c.backends,
         }
     }
 }
@@ -88,10 +86,11 @@ pub struct Plan {
 }
 
 /// Flows of this UDP record to any other backend than these have to go (SEMANTICS I1): a client that keeps its source
-/// port would be sent to the dead backend for ever. Policies and hints do not matter here, serving ones are kept.
+/// port would be sent to the dead backend for ever. Policies and hints do not matter here, serving ones are kept. The
+/// first plan after a start names every UDP record: backends may have gone meanwhile.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Retired {
-    /// The record; free for another Service once it is not used any more.
+    /// The record. The next plan may give the id to another Service if this one is gone.
     pub service: u32,
     pub family: Family,
     /// What still serves, sorted.

@@ -101,8 +101,8 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
             }
         }
         // NodePorts need the node's addresses, which the device watcher tells once it has looked.
-        let known = self.wiring.addresses.wait_for(|a| !a.is_empty());
-        if timeout(ADDRESSES, known).await.is_err() {
+        let unknown = self.wiring.addresses.borrow_and_update().is_empty();
+        if unknown && timeout(ADDRESSES, self.wiring.addresses.changed()).await.is_err() {
             tracing::warn!("the addresses of this node are still unknown: NodePorts follow later");
         }
         self.wiring.status.queued(Instant::now());

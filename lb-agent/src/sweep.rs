@@ -181,7 +181,7 @@ where
             let verdict = if rules.is_clearly_alive(key.proto, flow, depth) {
                 Judgement::Keep
             } else {
-                look_closer(table, rules, key)?
+                look_closer(table, rules, key, flow)?
             };
             match verdict {
                 Judgement::Keep => pass.entries += 1,
@@ -194,22 +194,34 @@ where
     Ok(pass)
 }
 
-/// Reads both entries again, as they may have been refreshed since the walk copied them, judges, and deletes.
-fn look_closer<A: Addr>(table: &FlowTable<A>, rules: &Rules, key: &Tuple<A>) -> Result<Judgement, SweepError>
+/// Judges an entry by both halves, and deletes what is over after another look: a packet may have refreshed it since the
+/// walk copied it.
+fn look_closer<A: Addr>(
+    table: &FlowTable<A>,
+    rules: &Rules,
+    key: &Tuple<A>,
+    copied: &Flow<A>,
+) -> Result<Judgement, SweepError>
 where
     Tuple<A>: Pod,
     Flow<A>: Pod,
 {
+    let partner_of = |flow: &Flow<A>| {
+        let key = flow.rewritten(key.proto).reversed();
+        table.get(&key).map_err(read_error::<A>).map(|partner| (key, partner))
+    };
+    if judge(rules, key.proto, copied, partner_of(copied)?.1.as_ref()) == Judgement::Keep {
+        return Ok(Judgement::Keep);
+    }
     let Some(flow) = table.get(key).map_err(read_error::<A>)? else { return Ok(Judgement::Gone) };
-    let partner_key = flow.rewritten(key.proto).reversed();
-    let partner = table.get(&partner_key).map_err(read_error::<A>)?;
+    let (partner_key, partner) = partner_of(&flow)?;
     let verdict = judge(rules, key.proto, &flow, partner.as_ref());
     match verdict {
         Judgement::Keep | Judgement::Gone => {}
         Judgement::Orphan => drop(table.delete(key).map_err(SweepError::Delete)?),
         Judgement::Expired => {
-            // The client's entry goes first: a packet that comes in between starts a new flow, and finds the other tuple
-            // taken by what is deleted next, instead of an answer being translated for a flow that no longer exists.
+            // The client's entry goes first: a packet that comes in between finds no flow and starts a new one, instead
+            // of one half being translated for a flow that no longer exists.
             let (forward, reply) =
                 if flow.flags & flags::REPLY == 0 { (key, &partner_key) } else { (&partner_key, key) };
             table.delete(forward).map_err(SweepError::Delete)?;

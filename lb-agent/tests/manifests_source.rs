@@ -75,6 +75,26 @@ async fn follows_writers_editors_and_removal() {
 }
 
 #[tokio::test]
+async fn waits_for_a_writer_to_finish() {
+    use std::io::Write as _;
+    let mut bed = start().await;
+    // `command > a.yaml`: empty until the command has something to say.
+    let mut file = fs::File::create(bed.path("a.yaml")).unwrap();
+    fs::write(bed.path("b.yaml"), node("b", "1")).unwrap();
+    // Had the empty file been read with the other one, this would be "-a".
+    assert_eq!(bed.next().await, "+b=1");
+    let text = node("a", "2");
+    let (begin, rest) = text.split_at(text.len() / 2);
+    file.write_all(begin.as_bytes()).unwrap();
+    fs::write(bed.path("c.yaml"), node("c", "1")).unwrap();
+    assert_eq!(bed.next().await, "+c=1");
+    file.write_all(rest.as_bytes()).unwrap();
+    drop(file);
+    assert_eq!(bed.next().await, "+a=2");
+    assert_eq!(bed.status.rejected(), 0);
+}
+
+#[tokio::test]
 async fn an_invalid_file_changes_nothing_and_is_counted() {
     let mut bed = start().await;
     fs::write(bed.path("a.yaml"), "kind: [").unwrap();

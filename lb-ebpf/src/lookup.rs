@@ -15,6 +15,7 @@ use crate::{
     conntrack, forward, globals, maps, metrics,
     net::{Net, Packet},
     service::{self, Refusal},
+    trace::{self, Printed},
 };
 
 /// What the tables say about a packet.
@@ -31,7 +32,7 @@ pub enum Found<A> {
 ///
 /// A SYN goes to the frontend first: most are new, and those of other traffic end at one miss.
 #[inline(always)]
-pub fn ingress<A: Net>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
+pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
     if p.is_syn() {
         return syn(ctx, p);
     }
@@ -50,7 +51,7 @@ pub fn ingress<A: Net>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
 }
 
 #[inline(always)]
-fn syn<A: Net>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
+fn syn<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
     let Some(frontend) = A::frontend(&p.frontend_key()) else { return Found::Nothing };
     if let Some(flow) = A::flow(&p.tuple) {
         if !conntrack::make_way(&p.tuple, flow) {
@@ -82,11 +83,17 @@ enum Opened {
 }
 
 #[inline(always)]
-fn opened<A: Net>(result: Opened) -> Found<A> {
+fn opened<A: Printed>(result: Opened) -> Found<A> {
     match (result, A::scratch()) {
-        (Opened::Done, Some(scratch)) => Found::Flow(&raw const scratch.opened),
+        (Opened::Done, Some(scratch)) => {
+            trace::opened::<A>();
+            Found::Flow(&raw const scratch.opened)
+        }
         (Opened::Done, None) => Found::Nothing,
-        (Opened::Refused(refusal), _) => Found::Refused(refusal),
+        (Opened::Refused(refusal), _) => {
+            trace::refused::<A>(refusal.counter());
+            Found::Refused(refusal)
+        }
     }
 }
 

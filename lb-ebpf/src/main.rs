@@ -16,6 +16,7 @@ mod service;
 mod skb;
 mod sock;
 mod tc;
+mod trace;
 mod xdp;
 
 use aya_ebpf::{

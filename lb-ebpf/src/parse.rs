@@ -152,7 +152,9 @@ impl Parse for V4 {
         p.is_later_fragment = ip.fragment_offset() != 0;
         p.is_fragment = p.is_later_fragment || ip.more_fragments();
         if ip.proto == proto::ICMP {
-            return icmp(skb, p, |t| matches!(t, 3 | 4 | 5 | 11 | 12));
+            // Not redirects (type 5): about a translated packet they name a backend as the next hop, and a client that
+            // learned that for the Service's address would no longer reach its other backends.
+            return icmp(skb, p, |t| matches!(t, 3 | 4 | 11 | 12));
         }
         transport(skb, p)
     }

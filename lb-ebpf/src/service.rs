@@ -26,6 +26,17 @@ pub enum Refusal {
     Drop(Counter),
 }
 
+impl Refusal {
+    /// Where it is counted.
+    #[inline(always)]
+    pub const fn counter(self) -> Counter {
+        match self {
+            Self::Reject => Counter::RejectNoEndpoints,
+            Self::Drop(counter) => counter,
+        }
+    }
+}
+
 /// Picks the backend of a new flow from `client`. `hash` decides unless the client is remembered.
 #[inline(always)]
 pub fn pick<A: Net>(

@@ -20,6 +20,7 @@ use crate::{
     rewrite::{Header, rewrite},
     service::Refusal,
     skb::Skb,
+    trace::Printed,
 };
 
 /// TCX_NEXT, which is also TC_ACT_UNSPEC: on to the next program on the hook, whoever owns it, then to the stack.
@@ -32,7 +33,7 @@ pub const ANSWER: i32 = i32::MIN;
 pub type Outcome = Result<i32, Counter>;
 
 /// All that the classifiers need of a family.
-pub trait Family: Parse + Header + icmp::Build {}
+pub trait Family: Parse + Header + icmp::Build + Printed {}
 impl Family for V4 {}
 impl Family for V6 {}
 

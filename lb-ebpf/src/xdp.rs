@@ -22,6 +22,7 @@ use crate::{
     metrics,
     net::{Net, Packet, Scratch},
     parse::{ETHERNET_BYTES, Ipv4Header, ethertype},
+    trace::Printed,
 };
 
 /// A frame between its two pointers. Nothing in XDP moves the data while this program runs.
@@ -73,7 +74,7 @@ impl Frame {
 }
 
 /// What XDP does with each family.
-trait Wire: Net {
+trait Wire: Printed {
     /// Offset of the layer 4 header: no options, no extension headers.
     const L4: usize = L3 + Self::HEADER_BYTES as usize;
     /// Fills `p` up to the ports. False if the packet is not plain.

@@ -1,7 +1,7 @@
 //! The interpreter of map operations, the sweeper and the printing commands on real kernel maps. Needs root.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
@@ -13,14 +13,18 @@ use aya::{
     maps::{Map, MapData, MapType, PerCpuArray},
     programs::Xdp,
 };
+use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use lb_agent::{
     cli::Output,
     datapath, inspect,
     maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table},
     plan::{
-        ActualService, ActualState,
+        ActualService, ActualState, Retired,
         op::{Backend, Family, Frontend, MapOp, Protocol},
     },
+    reconcile::{Core, NodeRules},
+    settings::NodePortAddresses,
+    source::{Kind, Object, ObjectRef},
     sweep::{Depth, FlowEntries, Pass, Sweeper},
 };
 use lb_common::{
@@ -34,6 +38,7 @@ use lb_common::{
     tuple::Tuple,
     verdict::Counter,
 };
+use serde_json::json;
 
 /// A bpffs of its own with all maps pinned as the agent pins them. Everything goes when it is dropped.
 struct State {
@@ -304,6 +309,86 @@ fn a_full_map_is_named_with_its_option_and_stops_nothing_else() -> Result<()> {
     Ok(())
 }
 
+/// Service `name` at `ip`:80 with these endpoints, on this node.
+fn objects(name: &str, ip: &str, endpoints: &[&str]) -> Result<[Object; 2]> {
+    let service: Service = serde_json::from_value(json!({
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"clusterIP": ip, "clusterIPs": [ip], "ports": [{"port": 80, "protocol": "TCP"}]},
+    }))?;
+    let endpoints: Vec<_> =
+        endpoints.iter().map(|e| json!({"addresses": [e], "nodeName": "node1"})).collect();
+    let slice: EndpointSlice = serde_json::from_value(json!({
+        "metadata": {
+            "name": format!("{name}-x"), "namespace": "default", "labels": {"kubernetes.io/service-name": name},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": 8080, "protocol": "TCP"}],
+        "endpoints": endpoints,
+    }))?;
+    Ok([service.into(), slice.into()])
+}
+
+fn core(state: &State) -> Result<Core<Maps>> {
+    let rules = NodeRules {
+        name: "node1".into(),
+        nodeport_addresses: NodePortAddresses::All,
+        allow_external_ips: Vec::new(),
+    };
+    Ok(Core::new(Maps::open(&state.maps())?, rules))
+}
+
+#[test]
+fn a_restart_changes_only_what_has_changed() -> Result<()> {
+    let state = State::new(&[])?;
+    let addresses = BTreeSet::new();
+    let before =
+        [objects("a", "10.96.0.1", &["10.1.0.2", "10.1.0.3"])?, objects("b", "10.96.0.2", &["10.1.0.2"])?];
+    let mut first = core(&state)?;
+    before.iter().flatten().for_each(|o| first.apply(o));
+    first.sync(&addresses)?;
+    let actual = Maps::open(&state.maps())?.read_actual()?;
+    assert_eq!((actual.frontends.len(), actual.backends4.len(), actual.services.len()), (2, 2, 2));
+    drop(first);
+
+    let mut second = core(&state)?;
+    before.iter().flatten().for_each(|o| second.apply(o));
+    assert_eq!(second.sync(&addresses)?.operations, BTreeMap::new());
+    assert_eq!(Maps::open(&state.maps())?.read_actual()?, actual);
+
+    // While nobody looked, one Service lost an endpoint and the other one went.
+    let mut third = core(&state)?;
+    objects("a", "10.96.0.1", &["10.1.0.3"])?.iter().for_each(|o| third.apply(o));
+    let operations = third.sync(&addresses)?.operations;
+    assert_eq!(operations["delete_frontend"], 1);
+    assert!(
+        !operations.contains_key("put_frontend") && !operations.contains_key("name_service"),
+        "{operations:?}"
+    );
+    let actual = Maps::open(&state.maps())?.read_actual()?;
+    assert_eq!((actual.frontends.len(), actual.backends4.len(), actual.services.len()), (1, 1, 1));
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_left_out_and_the_rest_works() -> Result<()> {
+    let state = State::new(&[(name::FRONTENDS4, 2)])?;
+    let mut core = core(&state)?;
+    for (name, ip) in [("a", "10.96.0.1"), ("b", "10.96.0.2"), ("c", "10.96.0.3")] {
+        objects(name, ip, &["10.1.0.2"])?.iter().for_each(|o| core.apply(o));
+    }
+    let outcome = core.sync(&BTreeSet::new())?;
+    assert_eq!(outcome.rejected, BTreeMap::from([("full", 1)]));
+    assert_eq!(Maps::open(&state.maps())?.read_actual()?.frontends.len(), 2);
+    // Whoever goes makes room.
+    core.delete(&ObjectRef { kind: Kind::Service, namespace: "default".into(), name: "a".into() });
+    let outcome = core.sync(&BTreeSet::new())?;
+    assert_eq!(outcome.rejected, BTreeMap::new());
+    let frontends: Vec<IpAddr> =
+        Maps::open(&state.maps())?.read_actual()?.frontends.into_keys().map(|f| f.addr).collect();
+    assert_eq!(frontends, [IpAddr::from([10, 96, 0, 2]), IpAddr::from([10, 96, 0, 3])]);
+    Ok(())
+}
+
 #[test]
 fn a_new_name_starts_its_counters_at_zero() -> Result<()> {
     let state = State::new(&[])?;
@@ -450,6 +535,30 @@ fn unanswered_flows_end_early_when_the_table_is_nearly_full() -> Result<()> {
 }
 
 #[test]
+fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
+    let state = State::new(&[])?;
+    let tables = FlowTables::open(&state.maps())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    let udp = pair(0x0b00_0001, proto::UDP, 0, 0, true);
+    let tcp = pair(0x0b00_0001, proto::TCP, 0, 0, true);
+    put(&tables, &udp)?;
+    put(&tables, &tcp)?;
+    let serving = |addr: &str| {
+        vec![Retired { service: 1, family: Family::V4, serving: vec![(addr.parse().unwrap(), 8080)] }]
+    };
+    assert_eq!(sweeper.purge(&serving("10.1.0.2"))?, 0);
+    assert_eq!(sweeper.purge(&serving("10.1.0.3"))?, 1);
+    // TCP flows end with their connections.
+    let left: BTreeMap<_, _> = tables.v4.entries()?.into_iter().collect();
+    assert_eq!(left.into_keys().collect::<Vec<_>>(), {
+        let mut keys = [tcp.forward.0, tcp.reply.0];
+        keys.sort();
+        keys
+    });
+    Ok(())
+}
+
+#[test]
 fn jiffies_advance_at_the_rate_that_the_kernel_reports() -> Result<()> {
     let state = State::new(&[])?;
     let clock = KernelClock::open(&state.version())?;
@@ -473,7 +582,7 @@ fn printed(state: &State, output: Output, print: Print) -> Result<String> {
     Ok(String::from_utf8(out)?)
 }
 
-fn json(state: &State, print: Print) -> Result<serde_json::Value> {
+fn printed_json(state: &State, print: Print) -> Result<serde_json::Value> {
     Ok(serde_json::from_str(&printed(state, Output::Json, print)?)?)
 }
 
@@ -495,12 +604,12 @@ BACKEND         PROTO  WHERE      SERVICES
 [fd00::2]:8080  TCP    elsewhere  default/web6:http
 ";
     assert_eq!(printed(&state, Output::Table, inspect::write_backends)?, expected);
-    let services = json(&state, inspect::write_services)?;
+    let services = printed_json(&state, inspect::write_services)?;
     assert_eq!(services[1]["name"], "default/web:http");
     assert_eq!(services[1]["cluster_backends"], 2);
     assert_eq!(services[1]["frontends"][1]["external"], "Local");
     assert_eq!(services[0]["affinity_timeout_s"], serde_json::Value::Null);
-    let backends = json(&state, inspect::write_backends)?;
+    let backends = printed_json(&state, inspect::write_backends)?;
     assert_eq!((&backends[2]["address"], &backends[0]["local"]), (&"fd00::2".into(), &true.into()));
     Ok(())
 }
@@ -520,7 +629,7 @@ TCP    11.0.0.1:40000  10.96.0.1:80  10.1.0.2:8080  11.0.0.1:40000  established 
 UDP    11.0.0.2:40000  10.96.0.1:80  10.1.0.2:8080  11.0.0.2:40000  opening      1h00m  1h00m
 ";
     assert_eq!(printed(&state, Output::Table, inspect::write_flows)?, expected);
-    let flows = json(&state, inspect::write_flows)?;
+    let flows = printed_json(&state, inspect::write_flows)?;
     assert_eq!((&flows[1]["client"], &flows[1]["stage"]), (&"11.0.0.2:40000".into(), &"opening".into()));
     Ok(())
 }

@@ -246,8 +246,8 @@ pub(super) fn backend_from_flags(addr: IpAddr, port: u16, raw: u16) -> Option<Ba
 /// A name as `SERVICE_NAMES` stores it. Names made of RFC 1123 labels fit; a longer one is cut at a character.
 fn service_name(text: &str) -> ServiceName {
     let mut utf8 = [0; ServiceName::CAPACITY_BYTES];
-    let kept = &text[..text.floor_char_boundary(utf8.len())];
-    utf8[..kept.len()].copy_from_slice(kept.as_bytes());
+    let fits = (0..=utf8.len().min(text.len())).rev().find(|&n| text.is_char_boundary(n)).unwrap_or(0);
+    utf8[..fits].copy_from_slice(&text.as_bytes()[..fits]);
     ServiceName { utf8 }
 }
 

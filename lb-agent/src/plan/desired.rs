@@ -11,10 +11,14 @@ use lb_common::frontend::{ServiceName, flags};
 
 use super::{
     endpoints::{self, Sets},
+    nodeport,
     op::{Family, Frontend},
     rejection::Rejection,
 };
-use crate::model::{EndpointSlice, ExternalPolicy, InternalPolicy, Service, ServicePort};
+use crate::{
+    model::{EndpointSlice, ExternalPolicy, InternalPolicy, Model, Service, ServicePort},
+    settings::NodePortAddresses,
+};
 
 /// What planning knows of the node it runs on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +30,23 @@ pub struct NodeView {
     pub nodeport_addresses: BTreeSet<IpAddr>,
     /// externalIPs outside of these are not served.
     pub allow_external_ips: Vec<IpNet>,
+}
+
+impl NodeView {
+    /// This node as the model and the settings have it; `local` are the addresses of its devices.
+    pub fn new<'a>(
+        model: &Model,
+        nodeport_addresses: &NodePortAddresses,
+        allow_external_ips: &[IpNet],
+        local: impl IntoIterator<Item = &'a IpAddr>,
+    ) -> Self {
+        Self {
+            name: model.node_name().clone(),
+            zone: model.node().and_then(|node| node.zone.clone()),
+            nodeport_addresses: nodeport::nodeport_addresses(nodeport_addresses, local, model.node()),
+            allow_external_ips: allow_external_ips.to_vec(),
+        }
+    }
 }
 
 /// What a Service wants.

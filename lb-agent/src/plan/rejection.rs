@@ -15,7 +15,7 @@ pub enum Rejection {
     #[error("Service {service}: spec.externalIPs: {ip} is not in --allow-external-ips")]
     ExternalIpNotAllowed { service: ServiceKey, ip: IpAddr },
     /// `record` stays as it was, or without what does not fit. Tried again when something has been freed.
-    #[error("{record}: {resource} are full ({capacity}); raise {}", resource.option())]
+    #[error("{record}: {resource} are full ({capacity}): {}", resource.remedy())]
     Full { service: ServiceKey, record: String, resource: Resource, capacity: u32 },
     /// A record without its name could not be found again after a restart.
     #[error("Service {service}: the name {record} is longer than {capacity} bytes")]
@@ -45,14 +45,14 @@ pub enum Resource {
 }
 
 impl Resource {
-    /// The setting that says how many there are.
-    pub const fn option(self) -> &'static str {
+    /// What to do about it.
+    pub const fn remedy(self) -> &'static str {
         match self {
-            Self::Frontends(_) => "--max-frontends",
-            Self::Services => "--max-services",
-            Self::Slots => "--max-slots",
-            Self::Backends(_) => "--max-backends",
-            Self::Members => "--max-affinity-members",
+            Self::Frontends(_) => "raise --max-frontends",
+            Self::Services => "raise --max-services",
+            Self::Slots => "raise --max-slots",
+            // The map of members is made with as many entries as those of backends.
+            Self::Backends(_) | Self::Members => "raise --max-backends",
         }
     }
 }

@@ -1,9 +1,11 @@
 //! The planner against a simulated kernel.
 
+mod economy;
 mod kernel;
 mod laws;
 mod limits;
 mod recovery;
 mod reference;
 mod rules;
+mod sharing;
 mod world;

@@ -5,6 +5,7 @@
 
 mod parse;
 mod store;
+mod watch;
 
 use std::{
     io,
@@ -13,16 +14,16 @@ use std::{
     time::Duration,
 };
 
-use notify::{
-    EventKind, RecommendedWatcher, RecursiveMode, Watcher as _, event::AccessKind, event::AccessMode,
-};
 use tokio::{
     sync::{Notify, mpsc},
     task::JoinError,
     time::{Instant, timeout, timeout_at},
 };
 
-use self::store::{Changes, Finding, Store};
+use self::{
+    store::{Changes, Finding, Store},
+    watch::Watch,
+};
 use super::{Closed, Event, send, status::SourceStatus};
 
 /// Files are looked at when nothing has happened for this long: writers are often halfway at the first event.
@@ -54,9 +55,10 @@ pub async fn run(dir: PathBuf, tx: mpsc::Sender<Event>, status: Arc<SourceStatus
     let mut synced = false;
     loop {
         watch.renew();
+        let busy = watch.busy();
         let changes;
         (store, changes) = tokio::task::spawn_blocking(move || {
-            let changes = store.scan();
+            let changes = store.scan(&busy);
             (store, changes)
         })
         .await
@@ -135,69 +137,5 @@ async fn quiet_after_change(changed: &Notify, poll: Duration) {
         if timeout_at(quiet, changed.notified()).await.is_err() {
             return;
         }
-    }
-}
-
-/// The kernel's notices about a directory (inotify). A watch sticks to the directory that had the path when it was set, so
-/// it is set anew when another one has taken the path.
-struct Watch {
-    dir: PathBuf,
-    changed: Arc<Notify>,
-    watcher: Option<(RecommendedWatcher, DirectoryId)>,
-    reported: bool,
-}
-
-/// Device and inode.
-type DirectoryId = (u64, u64);
-
-impl Watch {
-    fn new(dir: &Path, changed: Arc<Notify>) -> Self {
-        Self { dir: dir.to_owned(), changed, watcher: None, reported: false }
-    }
-
-    fn is_set(&self) -> bool {
-        self.watcher.is_some()
-    }
-
-    /// Sets the watch if there is none on the directory that has the path now.
-    fn renew(&mut self) {
-        use std::os::unix::fs::MetadataExt as _;
-        let id = std::fs::metadata(&self.dir).ok().map(|meta| (meta.dev(), meta.ino()));
-        if self.watcher.as_ref().map(|(_, id)| *id) == id {
-            return;
-        }
-        self.watcher = None;
-        let Some(id) = id else { return };
-        match self.set() {
-            Ok(watcher) => {
-                self.watcher = Some((watcher, id));
-                self.reported = false;
-            }
-            Err(error) if !self.reported => {
-                self.reported = true;
-                tracing::warn!(
-                    dir = %self.dir.display(), %error,
-                    "cannot watch for changes; looking every second instead (raise fs.inotify.max_user_instances and fs.inotify.max_user_watches)"
-                );
-            }
-            Err(error) => tracing::debug!(%error, "still cannot watch for changes"),
-        }
-    }
-
-    fn set(&self) -> notify::Result<RecommendedWatcher> {
-        let changed = self.changed.clone();
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reading files is no change; anything unclear, such as a lost notice, is one.
-            let read_only = matches!(
-                &event,
-                Ok(notify::Event { kind: EventKind::Access(kind), .. })
-                    if *kind != AccessKind::Close(AccessMode::Write)
-            );
-            if !read_only {
-                changed.notify_one();
-            }
-        })?;
-        watcher.watch(&self.dir, RecursiveMode::NonRecursive)?;
-        Ok(watcher)
     }
 }

@@ -31,12 +31,25 @@ pub fn on_a_node(test: impl FnOnce(&Node) -> Result<()> + Send + 'static) {
         run("ip link set lo up")?;
         let dir = tempfile::Builder::new().prefix("lbd-").tempdir()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        test(&Node { dir: dir.path().to_owned(), runtime })
+        let result = test(&Node { dir: dir.path().to_owned(), runtime });
+        unmount_below(dir.path())?;
+        result
     });
     match thread.join() {
         Ok(result) => result.expect("the test's steps work"),
         Err(panic) => std::panic::resume_unwind(panic),
     }
+}
+
+/// So that the directory can be removed.
+fn unmount_below(dir: &Path) -> Result<()> {
+    let mounts = std::fs::read_to_string("/proc/thread-self/mounts")?;
+    for mount in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
+        if Path::new(mount).starts_with(dir) {
+            run(&format!("umount -l {mount}"))?;
+        }
+    }
+    Ok(())
 }
 
 fn unshare(flags: i32) -> Result<()> {

@@ -169,8 +169,6 @@ fn assert_nothing_leaks(world: &mut World) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
-
     #[test]
     fn any_history_ends_in_what_the_rules_say(history in history()) {
         let mut world = World::new(ROOMY);

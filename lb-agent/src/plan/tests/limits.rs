@@ -36,7 +36,7 @@ fn third_waits_for_the_first(capacities: Capacities, resource: Resource) {
     let plan = world.change(services(&["a", "b", "c"], 2));
     assert_eq!(full(&plan), [(resource, "default/c".to_owned())]);
     assert!(!plan.retry);
-    assert!(plan.rejections[0].to_string().contains(resource.option()), "{}", plan.rejections[0]);
+    assert!(plan.rejections[0].to_string().contains(resource.remedy()), "{}", plan.rejections[0]);
     for (vip, expected) in
         [("10.96.0.0:80", "10.0.0.0:8080 10.0.0.1:8080"), ("10.96.0.1:80", "10.0.1.0:8080 10.0.1.1:8080")]
     {
@@ -52,6 +52,14 @@ fn third_waits_for_the_first(capacities: Capacities, resource: Resource) {
     assert_eq!(world.both("10.96.0.2:80"), "10.0.2.0:8080 10.0.2.1:8080");
     assert_eq!(world.taken(), []);
     world.assert_right();
+}
+
+#[test]
+fn a_rejection_names_what_to_raise() {
+    let service = ServiceKey::new("default", "a");
+    let record = "default/a/TCP/v4".to_owned();
+    let rejection = Rejection::Full { service, record, resource: Resource::Slots, capacity: 5 };
+    assert_eq!(rejection.to_string(), "default/a/TCP/v4: backend slots are full (5): raise --max-slots");
 }
 
 #[test]

@@ -20,27 +20,6 @@ fn one(endpoints: &[Endpoint]) -> World {
     with(service("web", &["10.96.0.1"]), endpoints)
 }
 
-fn with(service: Service, endpoints: &[Endpoint]) -> World {
-    let name = service.key.name.to_string();
-    let world = World::with([Change::Service(service), Change::Slice(slice("s", &name, endpoints))]);
-    world.assert_right();
-    world
-}
-
-/// A Service of every external kind with policy Local.
-fn external_local() -> Service {
-    Service {
-        kind: ServiceType::LoadBalancer,
-        external_ips: vec![ip("203.0.113.1")],
-        load_balancer_ips: vec![ip("198.51.100.1")],
-        external_policy: ExternalPolicy::Local,
-        ports: vec![port("", Protocol::Tcp, 80, 30080)],
-        ..service("web", &["10.96.0.1"])
-    }
-}
-
-const EXTERNAL: [&str; 4] = ["192.0.2.1:30080", "192.0.2.2:30080", "198.51.100.1:80", "203.0.113.1:80"];
-
 #[test]
 fn a1_cluster_set_is_the_ready_ones() {
     let world = one(&[ready("10.0.0.1"), terminating("10.0.0.2"), unready("10.0.0.3")]);
@@ -368,81 +347,4 @@ fn j4_external_ips_outside_of_the_allow_list_are_refused() {
     assert_eq!(world.both("203.0.113.1:80"), "10.0.0.1:8080");
     let service = ServiceKey::new("default", "web");
     assert_eq!(world.taken(), [Rejection::ExternalIpNotAllowed { service, ip: ip("8.8.8.8") }]);
-}
-
-#[test]
-fn of_two_services_that_claim_a_frontend_the_smaller_name_has_it_until_it_goes() {
-    let world = &mut World::with([
-        Change::Service(service("b", &["10.96.0.1"])),
-        Change::Slice(slice("sb", "b", &[ready("10.0.0.2")])),
-    ]);
-    let plan = world.change([
-        Change::Service(service("a", &["10.96.0.1"])),
-        Change::Slice(slice("sa", "a", &[ready("10.0.0.1")])),
-    ]);
-    let (a, b) = (ServiceKey::new("default", "a"), ServiceKey::new("default", "b"));
-    let taken = Rejection::FrontendTaken { service: b, frontend: frontend(VIP), owner: a.clone() };
-    assert_eq!(plan.rejections, [taken]);
-    assert_eq!(world.taken(), plan.rejections);
-    assert_eq!(world.both(VIP), "10.0.0.1:8080");
-    world.assert_right();
-    let plan = world.change([DeleteService(a)]);
-    assert_eq!(plan.rejections, []);
-    assert_eq!(world.taken(), []);
-    assert_eq!(world.both(VIP), "10.0.0.2:8080");
-    world.assert_right();
-}
-
-#[test]
-fn only_what_changed_is_written() {
-    let endpoints = [ready("10.0.0.1"), ready("10.0.0.2").here()];
-    let mut world = with(external_local(), &endpoints);
-    let plan = world.change([Change::Slice(slice("s", "web", &[endpoints[1].clone(), ready("10.0.0.3")]))]);
-    let kinds: Vec<String> = plan
-        .ops
-        .iter()
-        .map(|op| format!("{op:?}").split(' ').next().unwrap_or_default().to_owned())
-        .collect();
-    assert_eq!(kinds, ["WriteBackend", "WriteSlots", "WriteService", "Grace", "ClearBackend"]);
-    assert_eq!(world.change([Change::Service(external_local())]).ops, []);
-    let plan = world
-        .change([Change::Service(Service { external_policy: ExternalPolicy::Cluster, ..external_local() })]);
-    assert_eq!(plan.ops.len(), EXTERNAL.len(), "{plan:?}");
-    world.assert_right();
-}
-
-#[test]
-fn services_share_backends_and_disagreement_about_the_node_means_here() {
-    let mut world = World::with([
-        Change::Service(service("a", &["10.96.0.1"])),
-        Change::Slice(slice("sa", "a", &[Endpoint { node: None, ..ready("10.0.0.1") }])),
-    ]);
-    assert!(!world.kernel.backends4[&1].local);
-    world.change([
-        Change::Service(service("b", &["10.96.0.2"])),
-        Change::Slice(slice("sb", "b", &[ready("10.0.0.1").here()])),
-    ]);
-    assert_eq!(world.kernel.backends4.len(), 1);
-    assert!(world.kernel.backends4[&1].local);
-    world.change([DeleteService(ServiceKey::new("default", "b"))]);
-    assert!(!world.kernel.backends4[&1].local);
-    world.assert_right();
-}
-
-/// One changed endpoint costs work in proportion to its Service, and so does a new Service.
-#[test]
-fn work_is_in_proportion_to_what_changed() {
-    let mut world = World::new(ROOMY);
-    let mut changes = Vec::new();
-    for i in 0..250 {
-        let name = format!("s{i}");
-        changes.push(Change::Service(service(&name, &[&format!("10.96.0.{i}")])));
-        changes.push(Change::Slice(slice(&name, &name, &[ready(&format!("10.0.{i}.1"))])));
-    }
-    let plan = world.change(changes);
-    assert_eq!(plan.ops.len(), 250 * 5, "name, backend, slots, record, frontend");
-    let plan = world.change([Change::Slice(slice("s7", "s7", &[ready("10.0.7.2")]))]);
-    assert_eq!(plan.ops.len(), 5, "{plan:?}");
-    let plan = world.change([node(Some("zone-b"))]);
-    assert_eq!(plan.ops, []);
 }

@@ -15,6 +15,7 @@ use crate::{
         Capacities, NodeView, Plan, Planner, Rejection,
         op::{Family, Frontend, Protocol},
     },
+    settings::NodePortAddresses,
 };
 
 pub const NODE: &str = "node-a";
@@ -104,13 +105,12 @@ impl Endpoint {
 
 impl World {
     pub fn new(capacities: Capacities) -> Self {
-        let node = NodeView {
-            name: NODE.into(),
-            zone: Some("zone-a".into()),
-            nodeport_addresses: BTreeSet::from([ip("192.0.2.1"), ip("192.0.2.2"), ip("2001:db8::1")]),
-            allow_external_ips: vec!["203.0.113.0/28".parse().expect("a prefix")],
-        };
-        let (model, planner) = (Model::new(NODE), Planner::new(capacities));
+        let model = Model::new(NODE);
+        let addresses = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "127.0.0.1"].map(ip);
+        let allowed = ["203.0.113.0/28".parse().expect("a prefix")];
+        let mut node = NodeView::new(&model, &NodePortAddresses::All, &allowed, &addresses);
+        node.zone = Some("zone-a".into());
+        let planner = Planner::new(capacities);
         let mut world = Self { model, node, planner, kernel: Kernel::new(capacities) };
         assert_eq!(world.plan_all().ops, []);
         world
@@ -237,3 +237,26 @@ pub fn node(zone: Option<&str>) -> Change {
         external_ips: Vec::new(),
     })
 }
+
+/// This Service with these endpoints in one slice.
+pub fn with(service: Service, endpoints: &[Endpoint]) -> World {
+    let name = service.key.name.to_string();
+    let world = World::with([Change::Service(service), Change::Slice(slice("s", &name, endpoints))]);
+    world.assert_right();
+    world
+}
+
+/// A Service of every external kind with policy Local.
+pub fn external_local() -> Service {
+    Service {
+        kind: ServiceType::LoadBalancer,
+        external_ips: vec![ip("203.0.113.1")],
+        load_balancer_ips: vec![ip("198.51.100.1")],
+        external_policy: ExternalPolicy::Local,
+        ports: vec![port("", Protocol::Tcp, 80, 30080)],
+        ..service("web", &["10.96.0.1"])
+    }
+}
+
+/// Its frontends except the ClusterIP, 10.96.0.1:80.
+pub const EXTERNAL: [&str; 4] = ["192.0.2.1:30080", "192.0.2.2:30080", "198.51.100.1:80", "203.0.113.1:80"];

@@ -309,7 +309,13 @@ fn accept(object: Result<Object, Wrong>, reference: Option<ObjectRef>, place: Pl
     };
     match &mut object {
         Object::Service(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
-        Object::EndpointSlice(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
+        Object::EndpointSlice(o) => {
+            prepare(o.as_mut(), |o| &mut o.metadata, &reference);
+            // A file has not been through the API server, which fills this in.
+            for port in o.ports.iter_mut().flatten() {
+                port.name.get_or_insert_default();
+            }
+        }
         Object::Node(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
     }
     if is_foreign(object.metadata()) {

@@ -184,3 +184,14 @@ proptest! {
         }
     }
 }
+
+/// The API server's default for `ports[].name`; without it the port would match no Service port (rule A8).
+#[test]
+fn an_endpoint_slice_port_without_a_name_gets_the_empty_one() {
+    let text = "kind: EndpointSlice\napiVersion: discovery.k8s.io/v1\nmetadata: {name: web-1}\naddressType: IPv4\n\
+                endpoints: []\nports: [{port: 80}, {port: 81, name: b}]\n";
+    let parsed = parse(text, Format::Yaml);
+    let [Object::EndpointSlice(slice)] = parsed.objects.as_slice() else { panic!("one slice") };
+    let names: Vec<_> = slice.ports.iter().flatten().map(|p| p.name.as_deref()).collect();
+    assert_eq!(names, [Some(""), Some("b")]);
+}

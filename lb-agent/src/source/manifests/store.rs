@@ -76,8 +76,8 @@ impl Store {
         Self { dir, files: BTreeMap::new(), owners: BTreeMap::new(), unreadable: false }
     }
 
-    /// Looks at all files, reads those that changed.
-    pub fn scan(&mut self) -> Changes {
+    /// Looks at all files, reads those that changed. Files in `busy` are being written: they stay as they were.
+    pub fn scan(&mut self, busy: &BTreeSet<String>) -> Changes {
         let mut changes = Changes::default();
         let names = match list(&self.dir) {
             Ok(names) => names,
@@ -94,7 +94,7 @@ impl Store {
         for name in gone {
             self.replace(&name, None, &mut changes);
         }
-        for (name, format) in names {
+        for (name, format) in names.into_iter().filter(|(name, _)| !busy.contains(name)) {
             self.look_at(&name, format, &mut changes);
         }
         changes

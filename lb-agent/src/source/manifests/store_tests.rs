@@ -28,7 +28,7 @@ impl Bed {
 
     /// `+name=ip` and `-name` for each event of a scan.
     fn scan(&mut self) -> Vec<String> {
-        self.changes = self.store.scan();
+        self.changes = self.store.scan(&BTreeSet::new());
         let text = |event: &Event| match event {
             Event::Apply(Object::Service(s)) => format!(
                 "+{}={}",
@@ -150,6 +150,20 @@ fn what_cannot_be_read_stays() {
     bed.write("a.yaml", &service("a", "1"));
     assert_eq!(bed.scan(), [""; 0]);
     fs::remove_file(bed.dir.path().join("a.yaml")).unwrap();
+    assert_eq!(bed.scan(), ["-a"]);
+}
+
+#[test]
+fn a_file_that_is_being_written_is_left_alone() {
+    let mut bed = Bed::new();
+    bed.write("a.yaml", &service("a", "1"));
+    bed.write("b.yaml", &service("b", "1"));
+    bed.scan();
+    bed.write("a.yaml", "");
+    bed.write("b.yaml", &service("b", "2"));
+    let busy = BTreeSet::from(["a.yaml".to_owned()]);
+    let changes = bed.store.scan(&busy);
+    assert_eq!(changes.events.len(), 1);
     assert_eq!(bed.scan(), ["-a"]);
 }
 
