@@ -133,6 +133,10 @@ pub struct RunArgs {
     /// ip_local_port_range [default: 10240-29999]
     #[arg(long, env = "LB_SNAT_PORTS", value_name = "FIRST-LAST", help_heading = "Data path")]
     pub snat_ports: Option<String>,
+    /// Log every new flow and every refusal from inside the kernel: `on` or `off`. For finding out what happens to some
+    /// connection; costs nothing when off, and established flows nothing when on [default: off]
+    #[arg(long, env = "LB_TRACE_FLOWS", value_name = "ON|OFF", help_heading = "Data path")]
+    pub trace_flows: Option<String>,
 
     /// Addresses that serve NodePorts: CIDRs, or `primary` (those of the Node object); repeatable. A family without a CIDR
     /// serves all its addresses [default: all except loopback and link-local]

@@ -17,6 +17,7 @@ mod load;
 mod migrate;
 pub(crate) mod netlink;
 mod state_dir;
+mod trace;
 mod watch;
 
 use std::{

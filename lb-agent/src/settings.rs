@@ -29,6 +29,8 @@ pub struct Settings {
     /// `None`: off.
     pub metrics_bind_address: Option<SocketAddr>,
     pub snat_ports: PortRange,
+    /// Log every new flow and every refusal, as the kernel programs see them.
+    pub trace_flows: bool,
     pub capacities: Capacities,
     pub timeouts: Timeouts,
 }

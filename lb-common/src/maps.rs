@@ -94,6 +94,8 @@ pub mod global {
     pub const SNAT_PORT_LAST: &str = "SNAT_PORT_LAST";
     /// u32: seed of the selection hash.
     pub const HASH_SEED: &str = "HASH_SEED";
+    /// u8: level of aya-log's records; 0 is off, and the verifier removes them.
+    pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
     /// u64: cookie of the network namespace whose sockets are served; 0 serves all.
     pub const SOCKET_NETNS: &str = "SOCKET_NETNS";
 }

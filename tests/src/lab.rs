@@ -20,7 +20,7 @@ use lb_common::{
     conntrack::Flow,
     device::{self, Device},
     frontend::{FrontendKey, FrontendValue, ServiceRecord, ServiceStats, SlotRange},
-    maps::{name, program},
+    maps::{global, name, program},
     tuple::Tuple,
     verdict::Counter,
 };
@@ -88,8 +88,9 @@ impl Lab {
         ip("link set lo up")?;
         let mut loader = EbpfLoader::new();
         loader
-            .override_global("SNAT_PORT_FIRST", &options.snat_ports.0, true)
-            .override_global("SNAT_PORT_LAST", &options.snat_ports.1, true)
+            .override_global(global::LOG_LEVEL, &0u8, true)
+            .override_global(global::SNAT_PORT_FIRST, &options.snat_ports.0, true)
+            .override_global(global::SNAT_PORT_LAST, &options.snat_ports.1, true)
             .map_max_entries(name::FLOWS4, options.flow_entries)
             .map_max_entries(name::FLOWS6, options.flow_entries);
         for (map, entries) in [

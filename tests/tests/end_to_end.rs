@@ -1,9 +1,15 @@
 //! The whole matrix: from pod, node and outside, to ClusterIP, NodePort and LoadBalancer address, TCP and UDP, IPv4 and
-//! IPv6, in both layouts, with and without offloads. Reverse-path filters are strict everywhere.
+//! IPv6, in both layouts, with and without offloads, by tc and by XDP. Reverse-path filters are strict everywhere.
 
 use std::net::SocketAddr;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail, ensure};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{Xdp, xdp::XdpMode},
+};
+use lb_agent::datapath::OBJECT;
+use lb_common::maps::{name, program};
 use lb_tests::{
     cluster::{Cluster, Layout, Node, Options},
     expect::mistakes,
@@ -23,7 +29,12 @@ const BACKENDS: [&str; 2] = ["pod-1a", "pod-2a"];
 
 /// Builds a cluster with agents and runs every combination; all mistakes are reported, not only the first.
 fn matrix(options: Options) -> anyhow::Result<()> {
-    let mut cluster = Cluster::new(options)?;
+    let cluster = Cluster::new(options)?;
+    run(cluster)?.finish()
+}
+
+/// The same on a cluster without agents; gives it back.
+fn run(mut cluster: Cluster) -> anyhow::Result<Cluster> {
     cluster.manifests.write("nodes", &nodes(cluster.nodes.iter().map(|n| &n.place)))?;
     let service = Service::on(&cluster, "matrix", 7, &BACKENDS);
     cluster.manifests.write("matrix", &service.documents())?;
@@ -44,7 +55,7 @@ fn matrix(options: Options) -> anyhow::Result<()> {
     if !wrong.is_empty() {
         bail!("{} mistakes:\n{}\n{}", wrong.len(), wrong.join("\n"), cluster.logs());
     }
-    cluster.finish()
+    Ok(cluster)
 }
 
 fn frontend(
@@ -98,4 +109,48 @@ fn bridge_without_offloads() {
 #[test]
 fn pods_through_socket_hooks() {
     matrix(Options::new(Layout::PointToPoint).flag("--socket-lb=all")).unwrap();
+}
+
+/// XDP on the nodes' uplinks. Offloads are off, as frames from a wire have their checksums.
+fn xdp(mode: &str) -> anyhow::Result<()> {
+    let options = Options { offloads: false, ..Options::new(Layout::PointToPoint) };
+    let cluster = Cluster::new(options.flag(&format!("--xdp={mode}")))?;
+    let _peers = (mode == "native").then(|| receive_from_xdp(&cluster)).transpose()?;
+    let mut cluster = run(cluster)?;
+    for node in [1, 2] {
+        let services: serde_json::Value =
+            serde_json::from_str(&cluster.agent(node).command("services", &["-o", "json"])?)?;
+        let services = services.as_array().context("an array")?;
+        let by_xdp: u64 = services.iter().filter_map(|s| s["xdp_packets"].as_u64()).sum();
+        ensure!(by_xdp > 0, "node{node} translated nothing by XDP: {services:?}");
+    }
+    cluster.finish()
+}
+
+/// A veth device takes frames that its peer sends by XDP_TX only if it runs an XDP program itself: give the router's
+/// devices one that passes everything. It goes with the returned value.
+fn receive_from_xdp(cluster: &Cluster) -> anyhow::Result<Ebpf> {
+    cluster.router.run(|| {
+        let mut loader = EbpfLoader::new();
+        for map in [name::FLOWS4, name::FLOWS6, name::SOCKETS, name::SERVICE_STATS] {
+            loader.map_max_entries(map, 64);
+        }
+        let mut ebpf = loader.load(OBJECT)?;
+        let pass: &mut Xdp = ebpf.program_mut(program::CLOCK).context("no such program")?.try_into()?;
+        pass.load()?;
+        for device in ["node1", "node2"] {
+            pass.attach(device, XdpMode::Driver)?;
+        }
+        Ok(ebpf)
+    })?
+}
+
+#[test]
+fn xdp_native() {
+    xdp("native").unwrap();
+}
+
+#[test]
+fn xdp_generic() {
+    xdp("generic").unwrap();
 }

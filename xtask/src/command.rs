@@ -9,7 +9,8 @@ use anyhow::{Context as _, bail};
 
 /// The top of the repository.
 pub fn root() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    // xtask is a directory of the repository.
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
 /// Shows a command, runs it, and fails if it does.

@@ -62,6 +62,7 @@ impl Options<'_> {
                 lb_common::nat::PortRange::DEFAULT,
                 parse::ports,
             )?,
+            trace_flows: self.or("trace_flows", |a| &a.trace_flows, false, parse::on_off)?,
             capacities: self.capacities()?,
             timeouts: self.timeouts()?,
         })

@@ -93,6 +93,10 @@ pub(super) fn socket_lb(given: &Given) -> Result<SocketLb, Error> {
     given.word(&[("off", SocketLb::Off), ("host", SocketLb::Host), ("all", SocketLb::All)])
 }
 
+pub(super) fn on_off(given: &Given) -> Result<bool, Error> {
+    given.word(&[("off", false), ("on", true)])
+}
+
 pub(super) fn directory(given: &Given) -> Result<PathBuf, Error> {
     let path = PathBuf::from(&given.value);
     if path.is_absolute() { Ok(path) } else { Err(given.invalid("not an absolute path", "/PATH")) }

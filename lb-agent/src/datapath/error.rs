@@ -24,6 +24,8 @@ pub enum Error {
     Object(#[from] aya_obj::ParseError),
     #[error("the kernel object lacks the program {0}")]
     MissingProgram(&'static str),
+    #[error("the log of the kernel programs cannot be read (--trace-flows)")]
+    Trace(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the kernel object cannot be loaded: {0}")]
     Load(#[from] aya::EbpfError),
     #[error("the kernel's verifier refuses {program}: {tail}")]

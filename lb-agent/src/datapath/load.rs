@@ -13,7 +13,7 @@ use aya::{
 use aya_obj::Object;
 use lb_common::maps::{global, name, program};
 
-use super::{Error, OBJECT, bpf, state_dir::StateDir};
+use super::{Error, OBJECT, bpf, state_dir::StateDir, trace};
 use crate::settings::{Capacities, Settings, SocketLb};
 
 /// Lines of the verifier's log that an error shows: the last instruction, the reason and the statistics.
@@ -75,6 +75,7 @@ pub fn check_kernel() -> Result<(), Error> {
 pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Programs, Error> {
     let jiffies_per_s = jiffies_per_s();
     let seed = hash_seed();
+    let log_level = trace::level(settings.trace_flows);
     let (first, last) = (settings.snat_ports.first, settings.snat_ports.last);
     let netns = match settings.socket_lb {
         SocketLb::All => 0,
@@ -86,7 +87,8 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
         .override_global(global::SNAT_PORT_FIRST, &first, true)
         .override_global(global::SNAT_PORT_LAST, &last, true)
         .override_global(global::HASH_SEED, &seed, true)
-        .override_global(global::SOCKET_NETNS, &netns, true);
+        .override_global(global::SOCKET_NETNS, &netns, true)
+        .override_global(global::LOG_LEVEL, &log_level, true);
     for (map, entries) in max_entries(&settings.capacities) {
         loader.map_max_entries(map, entries);
     }
@@ -102,6 +104,9 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
     }
     let programs = Programs(programs);
     pin_clock(&programs, state)?;
+    if settings.trace_flows {
+        trace::follow(&mut ebpf)?;
+    }
     Ok(programs)
 }
 

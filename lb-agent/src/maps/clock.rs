@@ -2,14 +2,15 @@
 
 use std::{
     io,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use aya::{
     maps::MapType,
-    programs::{ProgramError, ProgramFd, ProgramInfo},
+    programs::{ProgramError, Xdp},
 };
+use aya_obj::programs::XdpAttachType;
 use lb_common::maps::{Clock, name, program};
 
 use super::{MapError, Table, sys};
@@ -32,7 +33,7 @@ pub enum ClockError {
 
 /// Reads jiffies through the pinned program `lb_clock`.
 pub struct KernelClock {
-    program: ProgramFd,
+    program: OwnedFd,
     clock: Table<u32, Clock>,
     jiffies_per_s: u32,
 }
@@ -41,8 +42,10 @@ impl KernelClock {
     /// Opens the program and the map below `dir` (`<state_dir>/v<LAYOUT_VERSION>`).
     pub fn open(dir: &Path) -> Result<Self, ClockError> {
         let path = dir.join("programs").join(program::CLOCK);
-        let program = ProgramInfo::from_pin(&path)
-            .and_then(|info| info.fd())
+        // BPF_OBJ_GET alone: going from a program's information to its descriptor (BPF_PROG_GET_FD_BY_ID) would need
+        // CAP_SYS_ADMIN, which the agent does without.
+        let program = Xdp::from_pin(&path, XdpAttachType::Interface)
+            .and_then(|program| Ok(program.fd()?.as_fd().try_clone_to_owned()?))
             .map_err(|e| ClockError::Program { path, source: Box::new(e) })?;
         let clock = Table::open(&dir.join("maps"), name::CLOCK, &[MapType::Array])?;
         Ok(Self { program, clock, jiffies_per_s: jiffies_per_s().map_err(ClockError::Resolution)? })

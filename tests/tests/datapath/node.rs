@@ -139,6 +139,7 @@ impl Node {
             healthz_bind_address: None,
             metrics_bind_address: None,
             snat_ports: PortRange::DEFAULT,
+            trace_flows: false,
             capacities: Capacities {
                 frontends: 1024,
                 services: 1024,
