@@ -13,7 +13,8 @@ use lb_tests::{
 fn new_flows_and_refusals_are_logged_with_their_addresses() {
     let mut cluster = Cluster::new(Options::new(Layout::PointToPoint).flag("--trace-flows=on")).unwrap();
     cluster.start_agents().unwrap();
-    let (service, nobody) = (Service::on(&cluster, "trace", 8, &["pod-2a"]), Service::on(&cluster, "nobody", 9, &[]));
+    let (service, nobody) =
+        (Service::on(&cluster, "trace", 8, &["pod-2a"]), Service::on(&cluster, "nobody", 9, &[]));
     cluster.serve(&service).unwrap();
     cluster.manifests.write("nobody", &nobody.documents()).unwrap();
     for family in Family::BOTH {
@@ -25,7 +26,11 @@ fn new_flows_and_refusals_are_logged_with_their_addresses() {
         assert!(!log.contains(&format!("{refused}")), "nothing was sent there yet");
         wait_for("a refusal", SOON, || {
             cluster.pod("pod-1a").call(&Call::tcp(refused).timeout_ms(300)).unwrap().is_err()
-                && cluster.agents["node1"].log().contains(&format!("to {} port {}", refused.ip(), refused.port()))
+                && cluster.agents["node1"].log().contains(&format!(
+                    "to {} port {}",
+                    refused.ip(),
+                    refused.port()
+                ))
         })
         .unwrap();
         for line in [
