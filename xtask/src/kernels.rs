@@ -1,6 +1,6 @@
 //! `kernels`: the kernel programs on the kernels that are supported and not this machine's, each in a virtual machine.
 //!
-//! The machine is emulated unless told otherwise, so this takes a few minutes a kernel. It downloads Debian's kernel
+//! The machine is emulated unless told otherwise, so this takes about five minutes. It downloads Debian's kernel
 //! packages (unpacked in `target/kernels`, not installed), and is therefore no part of `test`.
 
 mod image;
@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 
 use crate::{
     command::{find, output, root, run},
@@ -61,21 +61,23 @@ pub fn run_kernels(accel: &str) -> anyhow::Result<()> {
     let tests = build_tests(&toolchain)?;
     let dir = demo::target_dir().join("kernels");
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let guests = SERIES.iter().map(|series| Guest::fetch(series, &dir)).collect::<Result<Vec<_>, _>>()?;
+    // At the same time: each keeps one processor busy.
+    let boot = |guest: &Guest| guest.boot(&tests, accel);
+    let consoles: Vec<_> = thread::scope(|scope| {
+        let running: Vec<_> = guests.iter().map(|guest| scope.spawn(|| boot(guest))).collect();
+        running.into_iter().map(|guest| guest.join()).collect()
+    });
     let mut failed = Vec::new();
-    for series in &SERIES {
-        let (package, kernel) = fetch(series, &dir)?;
-        let log = dir.join(format!("{package}.log"));
-        let console = boot(series, &kernel, &tests, &dir, &log, accel)?;
-        let release = package.trim_start_matches("linux-image-");
-        match Outcome::read(&console) {
-            outcome if outcome.complete && outcome.failures.is_empty() => {
-                println!("{release}: {} passed", outcome.passed);
-            }
-            outcome => {
-                println!("{release}: {} passed, FAILED: {}", outcome.passed, outcome.description());
-                println!("{release}: console in {}", log.display());
-                failed.push(release.to_owned());
-            }
+    for (guest, console) in guests.iter().zip(consoles) {
+        let console = console.map_err(|_| anyhow!("the thread of {} panicked", guest.release()))??;
+        let (release, outcome) = (guest.release(), Outcome::read(&console));
+        if outcome.complete && outcome.failures.is_empty() {
+            println!("{release}: {} passed", outcome.passed);
+        } else {
+            println!("{release}: {} passed, FAILED: {}", outcome.passed, outcome.description());
+            println!("{release}: console in {}", guest.log().display());
+            failed.push(release);
         }
     }
     ensure!(failed.is_empty(), "tests failed on {}", failed.join(", "));
@@ -101,59 +103,75 @@ fn build_tests(toolchain: &Toolchain) -> anyhow::Result<Vec<(String, PathBuf)>> 
     Ok(built)
 }
 
-/// Downloads and unpacks the newest kernel of a series, unless it is there; returns its package and directory.
-fn fetch(series: &Series, dir: &Path) -> anyhow::Result<(String, PathBuf)> {
-    let prefix = format!("linux-image-{}", series.version);
-    let depends = output("apt-cache", &["depends", series.package]).unwrap_or_default();
-    let package = depends
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("Depends: "))
-        .find(|package| package.starts_with(&prefix))
-        .with_context(|| {
-            format!("apt has no kernel {}x by way of {} (Debian 12 does)", series.version, series.package)
-        })?
-        .to_owned();
-    let unpacked = dir.join(&package);
-    if !unpacked.join("boot").is_dir() {
-        let download = dir.join(format!("{package}.download"));
-        fs::create_dir_all(&download)?;
-        run(Command::new("apt-get").args(["download", "-q", &package]).current_dir(&download))?;
-        let deb = fs::read_dir(&download)?.next().context("apt-get downloaded nothing")??.path();
-        run(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
-        fs::remove_dir_all(&download)?;
-    }
-    Ok((package, unpacked))
+/// One kernel, and the files of its machine.
+struct Guest {
+    series: &'static Series,
+    package: String,
+    /// The kernel's package, unpacked.
+    unpacked: PathBuf,
 }
 
-/// Runs the guest until it switches itself off; returns what it wrote to its console.
-fn boot(
-    series: &Series,
-    kernel: &Path,
-    tests: &[(String, PathBuf)],
-    dir: &Path,
-    log: &Path,
-    accel: &str,
-) -> anyhow::Result<String> {
-    let skips: String = series.skipped.iter().map(|test| format!(" --skip {test}")).collect();
-    let script: String = tests.iter().map(|(name, _)| format!("{name}{skips}\n")).collect();
-    let agent = demo::target_dir().join("debug/lb-agent");
-    let manifests = root().join("examples");
-    let initrd = dir.join("initrd");
-    let contents = image::Contents { kernel, tests, script: &script, agent: &agent, manifests: &manifests };
-    image::pack(&contents, &dir.join("initrd.d"), &initrd)?;
-    let vmlinuz = fs::read_dir(kernel.join("boot"))?
-        .filter_map(|entry| entry.ok().map(|e| e.path()))
-        .find(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz-")))
-        .with_context(|| format!("no kernel in {}", kernel.display()))?;
-    let qemu = find("qemu-system-x86_64").context("qemu-system-x86_64 is missing")?;
-    eprintln!("xtask: booting {} (console in {})", vmlinuz.display(), log.display());
-    let mut guest = Command::new(qemu);
-    guest.args(["-accel", accel, "-cpu", "max", "-m", "3072", "-nographic", "-no-reboot"]);
-    guest.arg("-kernel").arg(vmlinuz).arg("-initrd").arg(initrd);
-    guest.args(["-append", "console=ttyS0 quiet panic=-1"]);
-    guest.stdin(Stdio::null()).stdout(fs::File::create(log)?).stderr(Stdio::inherit());
-    wait(guest)?;
-    Ok(String::from_utf8_lossy(&fs::read(log)?).replace('\r', ""))
+impl Guest {
+    /// Downloads and unpacks the newest kernel of a series, unless it is there.
+    fn fetch(series: &'static Series, dir: &Path) -> anyhow::Result<Self> {
+        let prefix = format!("linux-image-{}", series.version);
+        let depends = output("apt-cache", &["depends", series.package]).unwrap_or_default();
+        let package = depends
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("Depends: "))
+            .find(|package| package.starts_with(&prefix))
+            .with_context(|| {
+                format!("apt has no kernel {}x by way of {} (Debian 12 does)", series.version, series.package)
+            })?
+            .to_owned();
+        let unpacked = dir.join(&package);
+        if !unpacked.join("boot").is_dir() {
+            let download = dir.join(format!("{package}.download"));
+            fs::create_dir_all(&download)?;
+            run(Command::new("apt-get").args(["download", "-q", &package]).current_dir(&download))?;
+            let deb = fs::read_dir(&download)?.next().context("apt-get downloaded nothing")??.path();
+            run(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
+            fs::remove_dir_all(&download)?;
+        }
+        Ok(Self { series, package, unpacked })
+    }
+
+    fn release(&self) -> &str {
+        self.package.trim_start_matches("linux-image-")
+    }
+
+    /// What the guest writes to its console.
+    fn log(&self) -> PathBuf {
+        self.unpacked.join("console.log")
+    }
+
+    /// Runs the guest until it switches itself off; returns what it wrote to its console.
+    fn boot(&self, tests: &[(String, PathBuf)], accel: &str) -> anyhow::Result<String> {
+        let skips: String = self.series.skipped.iter().map(|test| format!(" --skip {test}")).collect();
+        let script: String = tests.iter().map(|(name, _)| format!("{name}{skips}\n")).collect();
+        let initrd = self.unpacked.join("initrd");
+        let contents = image::Contents {
+            kernel: &self.unpacked.join("lib/modules"),
+            tests,
+            script: &script,
+            agent: &demo::target_dir().join("debug/lb-agent"),
+            manifests: &root().join("examples"),
+        };
+        image::pack(&contents, &self.unpacked.join("initrd.d"), &initrd)?;
+        let (qemu, log) = (find("qemu-system-x86_64").context("qemu-system-x86_64 is missing")?, self.log());
+        eprintln!("xtask: booting {} (console in {})", self.release(), log.display());
+        let mut guest = Command::new(qemu);
+        guest.args(["-accel", accel, "-cpu", "max", "-m", "3072", "-nographic", "-no-reboot"]);
+        guest.arg("-kernel").arg(self.vmlinuz()).arg("-initrd").arg(initrd);
+        guest.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        guest.stdin(Stdio::null()).stdout(fs::File::create(&log)?).stderr(Stdio::inherit());
+        wait(guest)?;
+        Ok(String::from_utf8_lossy(&fs::read(log)?).replace('\r', ""))
+    }
+
+    fn vmlinuz(&self) -> PathBuf {
+        self.unpacked.join("boot").join(format!("vmlinuz-{}", self.release()))
+    }
 }
 
 fn wait(mut guest: Command) -> anyhow::Result<()> {

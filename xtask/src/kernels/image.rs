@@ -37,7 +37,7 @@ const DIRS: [&str; 12] = [
 
 /// What goes into one guest.
 pub struct Contents<'a> {
-    /// Directory that the kernel package was unpacked in.
+    /// Directory with the kernel's modules somewhere below.
     pub kernel: &'a Path,
     /// Name and file of each test.
     pub tests: &'a [(String, PathBuf)],
