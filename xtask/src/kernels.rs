@@ -1,6 +1,6 @@
 //! `kernels`: the kernel programs on the kernels that are supported and not this machine's, each in a virtual machine.
 //!
-//! The machine is emulated unless told otherwise, so this takes about five minutes. It downloads Debian's kernel
+//! The machine is emulated unless told otherwise, so this takes five to ten minutes. It downloads Debian's kernel
 //! packages (unpacked in `target/kernels`, not installed), and is therefore no part of `test`.
 
 mod image;
