@@ -24,6 +24,7 @@ pub fn run_demo() -> anyhow::Result<()> {
     run(Command::new(program).args(words).current_dir(root()))
 }
 
-fn target_dir() -> PathBuf {
+/// Where cargo builds.
+pub fn target_dir() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }

@@ -5,6 +5,7 @@
 mod ci;
 mod command;
 mod demo;
+mod kernels;
 mod setup;
 mod test;
 
@@ -41,6 +42,13 @@ enum Task {
         #[arg(long)]
         unprivileged: bool,
     },
+    /// Run the tests of the kernel programs on the other supported kernels, 6.1 and 6.12, in virtual machines (Debian 12 on
+    /// x86-64; downloads kernels and takes minutes, so it is no part of `test`)
+    Kernels {
+        /// How qemu runs the guest: `tcg` works everywhere, `kvm` is faster where nested virtualisation is not in the way
+        #[arg(long, value_name = "ACCELERATOR", default_value = "tcg")]
+        accel: String,
+    },
     /// Set up, then check the lints of user space and kernel programs, warnings denied
     Lint,
     /// What CI runs: format, lints, tests
@@ -55,6 +63,7 @@ fn main() -> ExitCode {
         Task::Build { release } => setup::toolchain().and_then(|t| demo::build_agent(&t, release)),
         Task::Demo => demo::run_demo(),
         Task::Test { unprivileged } => test::run_tests(unprivileged),
+        Task::Kernels { accel } => kernels::run_kernels(&accel),
         Task::Lint => setup::toolchain().and_then(|t| ci::lint(&t)),
         Task::Ci => ci::run_ci(),
     };

@@ -94,6 +94,14 @@ pub fn install_debian_clippy() -> anyhow::Result<()> {
     debian::install(&["rust-web-clippy"])
 }
 
+/// Installs Debian packages that only some tasks use.
+pub fn debian_packages(packages: &[&str]) -> anyhow::Result<()> {
+    if find("apt-get").is_none() {
+        bail!("this needs Debian's packages: {}", packages.join(" "));
+    }
+    debian::install(packages)
+}
+
 fn install_linker(compiler: Compiler) -> anyhow::Result<()> {
     eprintln!(
         "setup: installing bpf-linker {BPF_LINKER_VERSION} into {} (about a minute)",
