@@ -175,7 +175,13 @@ pub fn host() -> anyhow::Result<Host> {
 }
 
 /// Programs that the test bed calls, with the Debian package of each.
-const TOOLS: [(&str, &str); 3] = [("ip", "iproute2"), ("ethtool", "ethtool"), ("nft", "nftables")];
+const TOOLS: [(&str, &str); 5] = [
+    ("ip", "iproute2"),
+    ("ethtool", "ethtool"),
+    ("nft", "nftables"),
+    ("iptables-nft", "iptables"),
+    ("bpftool", "bpftool"),
+];
 
 fn install_tools() -> anyhow::Result<()> {
     let missing: Vec<_> = TOOLS.into_iter().filter(|(tool, _)| find(tool).is_none()).collect();
