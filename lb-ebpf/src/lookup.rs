@@ -56,12 +56,12 @@ pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
 #[inline(always)]
 fn syn<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
     let Some(frontend) = A::frontend(&p.frontend_key()) else { return Found::Nothing };
-    if let Some(flow) = A::flow(&p.tuple) {
-        if !conntrack::make_way(&p.tuple, flow) {
-            // A retransmission, or a SYN on a live connection (the backend answers it as RFC 9293 asks).
-            conntrack::refresh(flow, p.tcp_flags, p.now);
-            return Found::Flow(flow);
-        }
+    if let Some(flow) = A::flow(&p.tuple)
+        && !conntrack::make_way(&p.tuple, flow)
+    {
+        // A retransmission, or a SYN on a live connection (the backend answers it as RFC 9293 asks).
+        conntrack::refresh(flow, p.tcp_flags, p.now);
+        return Found::Flow(flow);
     }
     opened(open(ctx, p, bytemuck::cast(frontend)))
 }

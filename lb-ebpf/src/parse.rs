@@ -202,7 +202,7 @@ impl Parse for V6 {
         }
         if p.tuple.proto == proto::ICMPV6 {
             // RFC 4443 section 2.1: error messages have the high bit clear.
-            return icmp(skb, p, |t| t >= 1 && t < 128);
+            return icmp(skb, p, |t| (1..128).contains(&t));
         }
         transport(skb, p)
     }

@@ -51,11 +51,8 @@ impl Frame {
 
     #[inline(always)]
     fn read<T: Copy>(self, offset: usize) -> Option<T> {
-        match self.at::<T>(offset) {
-            // SAFETY: inside the frame, by the check in `at`.
-            Some(p) => Some(unsafe { (*p).0 }),
-            None => None,
-        }
+        // SAFETY: inside the frame, by the check in `at`.
+        self.at::<T>(offset).map(|p| unsafe { (*p).0 })
     }
 
     /// The eight words of an IPv6 header's addresses, one by one: copied as a whole they would become a call.
