@@ -1,7 +1,7 @@
 //! Expiry of flows: walks the flow tables, judges both entries of each flow together, deletes both.
 //!
-//! The programs never delete and the tables never evict, so nothing but this frees entries. [`judge`] holds the rules,
-//! [`Schedule`] says when to look, [`Sweeper`] does it.
+//! The tables never evict, and the programs delete only a connection that has ended and whose ports are wanted again, so
+//! everything else is freed here. [`judge`] holds the rules, [`Schedule`] says when to look, [`Sweeper`] does it.
 
 mod judge;
 mod retired;

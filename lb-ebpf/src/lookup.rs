@@ -47,7 +47,7 @@ pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
     }
     match A::frontend(&p.frontend_key()) {
         // What ends a connection that nobody knows opens none: strays would fill the table.
-        Some(_) if p.is_end() => Found::Refused(Refusal::Drop(Counter::DropNoFlow)),
+        Some(_) if p.is_end() => opened(stray(p)),
         Some(frontend) => opened(open(ctx, p, bytemuck::cast(frontend))),
         None => Found::Nothing,
     }
@@ -103,6 +103,14 @@ fn opened<A: Printed>(result: Opened) -> Found<A> {
             Found::Refused(refusal)
         }
     }
+}
+
+#[inline(always)]
+fn stray<A: Net>(p: &Packet<A>) -> Opened {
+    Opened::Refused(match origin(p) {
+        Some(_) => Refusal::Drop(Counter::DropNoFlow),
+        None => Refusal::NotOurs,
+    })
 }
 
 /// Opens a flow. A function of its own in the object: packets of established flows have no use for its code in the
