@@ -38,7 +38,7 @@ const AUDIT: Duration = Duration::from_secs(3000);
 /// First and longest pause after a failure.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(15);
-/// How long the first plan waits for the node's addresses.
+/// How long the first plan waits for the node's addresses before it says so.
 const ADDRESSES: Duration = Duration::from_secs(5);
 
 /// Why the loop ended.
@@ -100,11 +100,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                 break;
             }
         }
-        // NodePorts need the node's addresses, which the device watcher tells once it has looked.
-        let unknown = self.wiring.addresses.borrow_and_update().is_empty();
-        if unknown && timeout(ADDRESSES, self.wiring.addresses.changed()).await.is_err() {
-            tracing::warn!("the addresses of this node are still unknown: NodePorts follow later");
-        }
+        self.await_addresses().await;
         self.wiring.status.queued(Instant::now());
         self.sync().await?;
         let mut beat = interval(BEAT);
@@ -132,6 +128,26 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                 _ = audit.tick() => self.audit().await?,
                 () = requested.notified() => self.audit().await?,
                 () = until(retry_at) => self.sync().await?,
+            }
+        }
+    }
+
+    /// NodePorts need the node's addresses, which the device watcher tells once it has looked. Unknown is not none: a plan
+    /// without them would take the NodePorts of an earlier run away.
+    async fn await_addresses(&mut self) {
+        let mut warned = false;
+        while self.wiring.addresses.borrow().is_empty() {
+            match timeout(ADDRESSES, self.wiring.addresses.changed()).await {
+                // Told, perhaps that there is none; or nobody will tell any more.
+                Ok(_) => break,
+                Err(_) if !warned => {
+                    warned = true;
+                    tracing::warn!(
+                        "the addresses of this node are still unknown: nothing is programmed yet, and what an earlier run \
+                         programmed stays"
+                    );
+                }
+                Err(_) => {}
             }
         }
     }

@@ -99,8 +99,9 @@ impl Sweeper {
 
     /// Deletes the UDP flows of these records to backends that no longer serve; how many there were. Blocks.
     pub fn purge(&self, retired: &[Retired]) -> Result<u64, SweepError> {
-        let v4 = purge(&self.flows.v4, &Serving::of(Family::V4, retired))?;
-        Ok(v4 + purge(&self.flows.v6, &Serving::of(Family::V6, retired))?)
+        let now = self.clock.jiffies()?;
+        let v4 = purge(&self.flows.v4, &Serving::of(Family::V4, retired, now))?;
+        Ok(v4 + purge(&self.flows.v6, &Serving::of(Family::V6, retired, now))?)
     }
 
     /// Sweeps for ever, as often as the tables need it, and as soon as backends are `retired`.

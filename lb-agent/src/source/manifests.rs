@@ -65,7 +65,7 @@ pub async fn run(dir: PathBuf, tx: mpsc::Sender<Event>, status: Arc<SourceStatus
         .map_err(|source| Error::Failed { dir: dir.clone(), source })?;
         report(&dir, &changes, &status);
         status.set_connected(!store.is_unreadable());
-        if tell(changes, &mut synced, &tx, &status).await.is_err() {
+        if tell(changes, store.is_unreadable(), &mut synced, &tx, &status).await.is_err() {
             return Ok(());
         }
         let poll = if watch.is_set() { POLL } else { POLL_UNWATCHED };
@@ -76,9 +76,11 @@ pub async fn run(dir: PathBuf, tx: mpsc::Sender<Event>, status: Arc<SourceStatus
     }
 }
 
-/// Sends the changes, and once that everything known at start has been sent.
+/// Sends the changes, and once that everything known at start has been sent. A directory that could not be read is not an
+/// empty one.
 async fn tell(
     changes: Changes,
+    unreadable: bool,
     synced: &mut bool,
     tx: &mpsc::Sender<Event>,
     status: &SourceStatus,
@@ -86,7 +88,7 @@ async fn tell(
     for event in changes.events {
         send(tx, status, event).await?;
     }
-    if !*synced {
+    if !*synced && !unreadable {
         *synced = true;
         status.count_relist();
         send(tx, status, Event::Synced).await?;

@@ -20,13 +20,18 @@ use crate::{
 
 /// What still serves, by record.
 #[derive(Debug, Default)]
-pub struct Serving(HashMap<u32, Vec<(IpAddr, u16)>>);
+pub struct Serving {
+    by_record: HashMap<u32, Vec<(IpAddr, u16)>>,
+    /// Kernel jiffies, low 32 bits. Flows that began later were opened by what is in the maps now, not before the change:
+    /// the walk through the tables takes a while, and the next change does not wait for it.
+    until: u32,
+}
 
 impl Serving {
     /// Those of one family; the last word on a record counts.
-    pub fn of(family: Family, retired: &[Retired]) -> Self {
+    pub fn of(family: Family, retired: &[Retired], until: u32) -> Self {
         let of_family = retired.iter().filter(|r| r.family == family);
-        Self(of_family.map(|r| (r.service, r.serving.clone())).collect())
+        Self { by_record: of_family.map(|r| (r.service, r.serving.clone())).collect(), until }
     }
 
     /// True for a client's entry of a UDP flow whose backend is gone.
@@ -34,7 +39,8 @@ impl Serving {
         if key.proto != proto::UDP || flow.flags & flags::REPLY != 0 {
             return false;
         }
-        let Some(serving) = self.0.get(&flow.service) else { return false };
+        let is_newer = (flow.created.wrapping_sub(self.until) as i32) > 0;
+        let Some(serving) = self.by_record.get(&flow.service).filter(|_| !is_newer) else { return false };
         // `serving` is sorted.
         serving.binary_search(&(flow.dst.to_ip(), flow.dport.get())).is_err()
     }
@@ -46,7 +52,7 @@ where
     Tuple<A>: Pod,
     Flow<A>: Pod,
 {
-    if serving.0.is_empty() {
+    if serving.by_record.is_empty() {
         return Ok(0);
     }
     let mut purged = 0;
@@ -73,13 +79,14 @@ mod tests {
         let retired =
             Retired { service: 3, family: Family::V4, serving: vec![("10.1.0.2".parse().unwrap(), 53)] };
         let other = Retired { family: Family::V6, ..retired.clone() };
-        let serving = Serving::of(Family::V4, &[retired, other]);
+        let serving = Serving::of(Family::V4, &[retired, other], 100);
         let key = |proto| Tuple::<V4>::new(a(9), Be16::new(4000), a(1), Be16::new(53), proto);
         let flow = |dst, port, service, flags| Flow {
             dst: a(dst),
             dport: Be16::new(port),
             service,
             flags,
+            created: 100,
             ..Flow::default()
         };
         assert!(serving.is_stale(&key(proto::UDP), &flow(3, 53, 3, 0)));
@@ -88,5 +95,7 @@ mod tests {
         assert!(!serving.is_stale(&key(proto::UDP), &flow(3, 53, 4, 0)));
         assert!(!serving.is_stale(&key(proto::TCP), &flow(3, 53, 3, 0)));
         assert!(!serving.is_stale(&key(proto::UDP), &flow(3, 53, 3, flags::REPLY)));
+        let newer = Flow { created: 101, ..flow(3, 53, 3, 0) };
+        assert!(!serving.is_stale(&key(proto::UDP), &newer), "opened since, by what is in the maps now");
     }
 }
