@@ -39,7 +39,7 @@ const AUDIT: Duration = Duration::from_secs(3000);
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(15);
 /// How long the first plan waits for the node's addresses before it says so.
-const ADDRESSES: Duration = Duration::from_secs(5);
+const ADDRESSES: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 5000 });
 
 /// Why the loop ended.
 #[derive(Debug, thiserror::Error)]

@@ -147,6 +147,7 @@ pub async fn run(
 }
 
 /// The receiver of the events is gone: the agent is shutting down.
+#[derive(Debug)]
 pub(crate) struct Closed;
 
 /// Sends one event and counts it.

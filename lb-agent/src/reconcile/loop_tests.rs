@@ -36,9 +36,13 @@ struct Running {
 }
 
 fn start() -> Running {
+    start_with(BTreeSet::from([[192, 168, 0, 1].into()]))
+}
+
+fn start_with(addresses: BTreeSet<IpAddr>) -> Running {
     let kernel = Shared::default();
     let (events_in, events) = mpsc::channel(16);
-    let (addresses_in, addresses) = watch::channel(BTreeSet::from([[192, 168, 0, 1].into()]));
+    let (addresses_in, addresses) = watch::channel(addresses);
     let (retired, _) = mpsc::unbounded_channel();
     let status = Arc::new(Status::default());
     let audit = Arc::new(Notify::new());
@@ -116,5 +120,22 @@ async fn addresses_that_come_later_are_taken_in() {
     let more = BTreeSet::from([[192, 168, 0, 1].into(), [192, 168, 0, 2].into()]);
     running.addresses.send(more).unwrap();
     running.frontends(3).await;
+    running.task.abort();
+}
+
+/// A plan without addresses would take the NodePorts of an earlier run away.
+#[tokio::test]
+async fn nothing_is_programmed_before_the_addresses_are_known() {
+    let running = start_with(BTreeSet::new());
+    running.events.send(Event::Apply(service(0))).await.unwrap();
+    running.events.send(Event::Synced).await.unwrap();
+    for i in 1..=16 {
+        running.events.send(Event::Apply(service(i))).await.unwrap();
+    }
+    // Long enough for a loop that gives up waiting: it would have planned by now.
+    sleep(ADDRESSES * 20).await;
+    assert!(running.kernel.0.lock().unwrap().plans.is_empty());
+    running.addresses.send(BTreeSet::from([[192, 168, 0, 1].into()])).unwrap();
+    running.frontends(17).await;
     running.task.abort();
 }

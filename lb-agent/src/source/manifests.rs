@@ -141,3 +141,18 @@ async fn quiet_after_change(changed: &Notify, poll: Duration) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_directory_that_cannot_be_read_is_not_in_sync() {
+        let (tx, mut rx) = mpsc::channel(4);
+        let (mut synced, status) = (false, SourceStatus::default());
+        tell(Changes::default(), true, &mut synced, &tx, &status).await.unwrap();
+        assert!(rx.try_recv().is_err() && !synced);
+        tell(Changes::default(), false, &mut synced, &tx, &status).await.unwrap();
+        assert!(matches!(rx.try_recv(), Ok(Event::Synced)));
+    }
+}
