@@ -39,8 +39,10 @@ impl Draft {
     /// What is pointed at before what points; removal in reverse, after a grace period.
     pub(super) fn into_ops(self) -> Vec<MapOp> {
         // Additions, and changes of one value, replace nothing that is written to again.
-        let grace =
-            !self.freed_runs.is_empty() || !self.clear_records.is_empty() || !self.clear_backends.is_empty();
+        let grace = self.grace
+            || !self.freed_runs.is_empty()
+            || !self.clear_records.is_empty()
+            || !self.clear_backends.is_empty();
         let mut ops = self.names;
         ops.extend(self.backends);
         ops.extend(self.slots);
