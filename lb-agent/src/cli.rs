@@ -105,7 +105,8 @@ pub struct RunArgs {
     )]
     #[serde(deserialize_with = "list_or_string")]
     pub external_device: Vec<String>,
-    /// Devices towards pods, as globs; repeatable [default: veth devices with a peer in another network namespace]
+    /// Devices towards pods, as globs; repeatable [default: veth devices with a peer in another network namespace, without a
+    /// default route or an address of a subnet]
     #[arg(
         long,
         env = "LB_POD_DEVICE",
@@ -115,8 +116,8 @@ pub struct RunArgs {
     )]
     #[serde(deserialize_with = "list_or_string")]
     pub pod_device: Vec<String>,
-    /// XDP on external devices: `auto` (native, where frames come from a wire), `native`, `generic` or `off`
-    /// [default: auto]
+    /// XDP on external devices: `auto` (native, where frames come from a wire and no VLAN device sits on top), `native` (not on
+    /// bonds and teams), `generic` or `off` [default: auto]
     #[arg(long, env = "LB_XDP", value_name = "MODE", help_heading = "Data path")]
     pub xdp: Option<String>,
     /// Whose connect() is translated: `off`, `host` (processes in the node's network namespace) or `all` (pods too)
