@@ -161,6 +161,33 @@ pub struct RunArgs {
     #[serde(rename = "allowExternalIPs", deserialize_with = "list_or_string")]
     pub allow_external_ips: Vec<String>,
 
+    /// NodePorts also at 127.0.0.1 and ::1, for processes of the node (through the socket hooks): `on` or `off`
+    /// [default: on]
+    #[arg(long, env = "LB_LOCALHOST_NODEPORTS", value_name = "ON|OFF", help_heading = "Services")]
+    #[serde(rename = "localhostNodePorts")]
+    pub localhost_nodeports: Option<String>,
+    /// CIDRs that ClusterIPs come from, where the API server has no ServiceCIDR objects: packets to addresses of theirs
+    /// that no Service has are dropped; repeatable [default: none]
+    #[arg(
+        long,
+        env = "LB_SERVICE_CIDR",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        help_heading = "Services"
+    )]
+    #[serde(deserialize_with = "list_or_string")]
+    pub service_cidr: Vec<String>,
+    /// Give every connection to a ClusterIP an address of this node: `on` or `off`. For networks whose answers would not
+    /// come back through this node [default: off]
+    #[arg(long, env = "LB_MASQUERADE_ALL", value_name = "ON|OFF", help_heading = "Services")]
+    pub masquerade_all: Option<String>,
+    /// Answer echo requests (ping) to the addresses of Services: `on` or `off` [default: off]
+    #[arg(long, env = "LB_ANSWER_PING", value_name = "ON|OFF", help_heading = "Services")]
+    pub answer_ping: Option<String>,
+    /// Reset the TCP connections of clients whose backend is gone and answers no more: `on` or `off` [default: on]
+    #[arg(long, env = "LB_RESET_GONE_BACKENDS", value_name = "ON|OFF", help_heading = "Services")]
+    pub reset_gone_backends: Option<String>,
+
     /// Address of /healthz, /livez and /readyz; empty: off [default: 0.0.0.0:10256]
     #[arg(long, env = "LB_HEALTHZ_BIND_ADDRESS", value_name = "IP:PORT", help_heading = "Monitoring")]
     pub healthz_bind_address: Option<String>,
@@ -196,6 +223,9 @@ pub struct RunArgs {
     /// Sockets that the socket hooks remember [default: 65536]
     #[arg(long, env = "LB_MAX_SOCKETS", value_name = "N", help_heading = "Sizes of maps")]
     pub max_sockets: Option<String>,
+    /// loadBalancerSourceRanges that fit, per family [default: 65536]
+    #[arg(long, env = "LB_MAX_SOURCE_RANGES", value_name = "N", help_heading = "Sizes of maps")]
+    pub max_source_ranges: Option<String>,
 
     /// How long a TCP flow may be silent that never got an answer, such as 90s, 15m or 24h [default: 60s]
     #[arg(long, env = "LB_TCP_OPENING_TIMEOUT", value_name = "TIME", help_heading = "Timeouts of flows")]
@@ -212,4 +242,12 @@ pub struct RunArgs {
     /// How long a UDP flow may be silent that got one [default: 2m]
     #[arg(long, env = "LB_UDP_ESTABLISHED_TIMEOUT", value_name = "TIME", help_heading = "Timeouts of flows")]
     pub udp_established_timeout: Option<String>,
+    /// How long an established SCTP association may be silent; the other times are those of TCP [default: 210s]
+    #[arg(
+        long,
+        env = "LB_SCTP_ESTABLISHED_TIMEOUT",
+        value_name = "TIME",
+        help_heading = "Timeouts of flows"
+    )]
+    pub sctp_established_timeout: Option<String>,
 }

@@ -24,6 +24,16 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     /// externalIPs outside of these are ignored (CVE-2020-8554).
     pub allow_external_ips: Vec<IpNet>,
+    /// NodePorts also serve 127.0.0.1 and ::1, for sockets of the node itself.
+    pub localhost_nodeports: bool,
+    /// Where ClusterIPs come from, beside the ServiceCIDR objects.
+    pub service_cidrs: Vec<IpNet>,
+    /// All packets to ClusterIPs get an address of this node (rule D2).
+    pub masquerade_all: bool,
+    /// Echo requests to Service addresses are answered.
+    pub answer_ping: bool,
+    /// Clients of backends that are gone for good get a reset (rule J2).
+    pub reset_gone_backends: bool,
     /// `None`: off.
     pub healthz_bind_address: Option<SocketAddr>,
     /// `None`: off.
@@ -87,6 +97,8 @@ pub struct Capacities {
     pub flows: u32,
     pub affinity: u32,
     pub sockets: u32,
+    /// Per family.
+    pub source_ranges: u32,
 }
 
 impl Default for Capacities {
@@ -99,6 +111,7 @@ impl Default for Capacities {
             flows: capacity::FLOWS,
             affinity: capacity::AFFINITY,
             sockets: capacity::SOCKETS,
+            source_ranges: capacity::SOURCE_RANGES,
         }
     }
 }

@@ -45,6 +45,9 @@ pub mod flags {
     pub const TRANSIT: u16 = 1 << 2;
     /// A pod that reaches itself: the packet goes back out of the device that it came in by.
     pub const HAIRPIN: u16 = 1 << 3;
+    /// Set by the agent on the client's entry: the backend is gone for good, so the next TCP packet of the client gets a
+    /// reset (rule J2).
+    pub const GONE: u16 = 1 << 4;
 }
 
 impl<A: Addr> Flow<A> {
@@ -74,12 +77,35 @@ pub enum Stage {
     Closing,
 }
 
+/// The flags of a TCP header that an SCTP packet stands for, by the type of its first chunk (RFC 9260 section 3.2): the
+/// two kinds of associations begin and end alike, so one judgement serves both.
+#[inline(always)]
+pub const fn sctp_flags(chunk: u8) -> u8 {
+    match chunk {
+        // INIT
+        1 => tcp::SYN,
+        // INIT ACK
+        2 => tcp::SYN | tcp::ACK,
+        // ABORT
+        6 => tcp::RST,
+        // SHUTDOWN, SHUTDOWN ACK, SHUTDOWN COMPLETE
+        7 | 8 | 14 => tcp::FIN | tcp::ACK,
+        _ => tcp::ACK,
+    }
+}
+
+/// True for protocols with a beginning and an end.
+#[inline(always)]
+pub const fn is_stream(proto: u8) -> bool {
+    matches!(proto, crate::proto::TCP | crate::proto::SCTP)
+}
+
 /// Judges a flow by the TCP flags that its directions have seen; for UDP by whether an answer came.
 ///
 /// `answered` is true once the reply entry has seen a packet.
 #[inline(always)]
 pub const fn stage(proto: u8, forward_seen: u8, reply_seen: u8, answered: bool) -> Stage {
-    if proto == crate::proto::TCP {
+    if is_stream(proto) {
         let either = forward_seen | reply_seen;
         if either & (tcp::FIN | tcp::RST) != 0 {
             Stage::Closing
@@ -114,6 +140,8 @@ pub struct Timeouts {
     pub tcp_closing_s: u32,
     pub udp_opening_s: u32,
     pub udp_established_s: u32,
+    /// SCTP has the times of TCP otherwise.
+    pub sctp_established_s: u32,
 }
 
 impl Timeouts {
@@ -128,12 +156,15 @@ impl Timeouts {
         udp_opening_s: 30,
         // udp_timeout_stream
         udp_established_s: 120,
+        // sctp_timeout_established: seven heartbeats of RFC 9260's 30 seconds
+        sctp_established_s: 210,
     };
 
     /// The timeout of a flow in `stage`.
     pub const fn of(&self, proto: u8, stage: Stage) -> u32 {
-        match (proto == crate::proto::TCP, stage) {
+        match (is_stream(proto), stage) {
             (true, Stage::Opening) => self.tcp_opening_s,
+            (true, Stage::Established) if proto == crate::proto::SCTP => self.sctp_established_s,
             (true, Stage::Established) => self.tcp_established_s,
             (true, Stage::Closing) => self.tcp_closing_s,
             (false, Stage::Opening) => self.udp_opening_s,
@@ -188,6 +219,20 @@ mod tests {
         assert!(!has_ended(tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK | tcp::FIN));
         assert!(has_ended(tcp::ACK | tcp::FIN, tcp::ACK | tcp::FIN));
         assert!(has_ended(tcp::ACK, tcp::RST));
+    }
+
+    #[test]
+    fn sctp_goes_through_the_same_stages() {
+        const SCTP: u8 = crate::proto::SCTP;
+        let [init, init_ack, cookie_echo, cookie_ack] = [1, 2, 10, 11].map(sctp_flags);
+        let [abort, shutdown, shutdown_ack] = [6, 7, 8].map(sctp_flags);
+        assert_eq!(stage(SCTP, init, init_ack, true), Stage::Opening);
+        let (forward, reply) = (init | cookie_echo, init_ack | cookie_ack);
+        assert_eq!(stage(SCTP, forward, reply, true), Stage::Established);
+        assert_eq!(Timeouts::DEFAULT.of(SCTP, Stage::Established), 210);
+        assert_eq!(stage(SCTP, forward, reply | abort, true), Stage::Closing);
+        assert!(!has_ended(forward | shutdown, reply));
+        assert!(has_ended(forward | shutdown, reply | shutdown_ack));
     }
 
     #[test]

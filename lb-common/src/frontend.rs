@@ -1,7 +1,8 @@
 //! Frontends: the addresses that clients speak to, and the Service record that they point at.
 //!
 //! `FRONTENDS4/6` maps (address, port, protocol) to a [`FrontendValue`], which names a [`ServiceRecord`] in the
-//! array `SERVICES`. All frontends of one Service port and family (its ClusterIP, NodePort on every address,
+//! array `SERVICES`. Beside them, each address has an entry of its own under port 0 and protocol 0
+//! ([`FrontendKey::address`]). All frontends of one Service port and family (its ClusterIP, NodePort on every address,
 //! LoadBalancer IPs, external IPs) share one record, so one 64-bit store moves all of them to a new backend set.
 
 use crate::{Addr, Be16, V4, V6, map_type};
@@ -24,13 +25,20 @@ impl<A: Addr> FrontendKey<A> {
     pub const fn new(addr: A, port: Be16, proto: u8) -> Self {
         Self { addr, port, proto, _pad: 0 }
     }
+
+    /// The entry about an address as a whole: what it is, whatever the port. No packet has protocol 0 to a port, so no
+    /// frontend has this key.
+    #[inline(always)]
+    pub const fn address(addr: A) -> Self {
+        Self::new(addr, Be16::new(0), 0)
+    }
 }
 
 /// Value of `FRONTENDS4` and `FRONTENDS6`. Eight aligned bytes: read and written as one.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrontendValue {
-    /// Index into `SERVICES` and `SERVICE_STATS`.
+    /// Index into `SERVICES` and `SERVICE_STATS`. 0 in the entry about an address as a whole, which many may share.
     pub service: u32,
     /// [`flags`].
     pub flags: u32,
@@ -47,13 +55,22 @@ pub mod flags {
     pub const EXTERNAL_LOCAL: u32 = 1 << 1;
     /// The Service port has ClientIP affinity (`spec.sessionAffinity`).
     pub const AFFINITY: u32 = 1 << 2;
+    /// A LoadBalancer address with `spec.loadBalancerSourceRanges`: clients must be in `SOURCE_RANGES4/6`.
+    pub const SOURCE_RANGES: u32 = 1 << 3;
+    /// With [`SOURCE_RANGES`]: an address of this node is in the ranges. A socket has no address yet when it connects.
+    pub const NODE_IN_RANGES: u32 = 1 << 4;
+    /// A NodePort on a loopback address: for sockets of the node itself, never for packets (CVE-2020-8558).
+    pub const LOOPBACK: u32 = 1 << 5;
 
-    /// What kind of address this is; for people, the data path does not look.
+    /// What kind of address this is.
     pub const KIND_SHIFT: u32 = 28;
     pub const KIND_CLUSTER_IP: u32 = 1 << KIND_SHIFT;
     pub const KIND_NODE_PORT: u32 = 2 << KIND_SHIFT;
     pub const KIND_LOAD_BALANCER: u32 = 3 << KIND_SHIFT;
     pub const KIND_EXTERNAL_IP: u32 = 4 << KIND_SHIFT;
+    /// Of the entry about an address as a whole only: a ClusterIP that another proxy serves
+    /// (label `service.kubernetes.io/service-proxy-name`).
+    pub const KIND_FOREIGN: u32 = 5 << KIND_SHIFT;
     pub const KIND_MASK: u32 = 0xf << KIND_SHIFT;
 }
 

@@ -13,13 +13,17 @@ pub mod addr;
 pub mod affinity;
 pub mod backend;
 pub mod checksum;
+pub mod cidr;
 pub mod conntrack;
+pub mod crc32c;
 pub mod device;
+pub mod fragment;
 pub mod frontend;
 pub mod maps;
 pub mod nat;
 pub mod select;
 pub mod socket;
+pub mod source;
 pub mod tuple;
 pub mod verdict;
 

@@ -30,12 +30,21 @@ pub mod name {
     pub const DEVICES: &str = "DEVICES";
     /// LRU_HASH, [`SocketKey`](crate::socket::SocketKey) to [`SocketOrigin`](crate::socket::SocketOrigin).
     pub const SOCKETS: &str = "SOCKETS";
-    /// LRU_HASH, [`FragmentKey`](crate::tuple::FragmentKey) to ports.
+    /// LRU_HASH, [`FragmentKey`](crate::fragment::FragmentKey) to [`FragmentPorts`](crate::fragment::FragmentPorts).
     pub const FRAGMENTS4: &str = "FRAGMENTS4";
     pub const FRAGMENTS6: &str = "FRAGMENTS6";
+    /// LRU_HASH, [`HeldKey`](crate::fragment::HeldKey) to [`HeldFrame`](crate::fragment::HeldFrame).
+    pub const HELD4: &str = "HELD4";
+    pub const HELD6: &str = "HELD6";
+    /// ARRAY (mmap) of [`ServiceCidr`](crate::cidr::ServiceCidr).
+    pub const SERVICE_CIDRS4: &str = "SERVICE_CIDRS4";
+    pub const SERVICE_CIDRS6: &str = "SERVICE_CIDRS6";
+    /// LPM_TRIE, [`SourceRange`](crate::source::SourceRange) to u32.
+    pub const SOURCE_RANGES4: &str = "SOURCE_RANGES4";
+    pub const SOURCE_RANGES6: &str = "SOURCE_RANGES6";
 
     /// All of them: what a state directory must hold.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 25] = [
         FRONTENDS4,
         FRONTENDS6,
         SERVICES,
@@ -54,6 +63,12 @@ pub mod name {
         SOCKETS,
         FRAGMENTS4,
         FRAGMENTS6,
+        HELD4,
+        HELD6,
+        SERVICE_CIDRS4,
+        SERVICE_CIDRS6,
+        SOURCE_RANGES4,
+        SOURCE_RANGES6,
         CLOCK,
     ];
     /// ARRAY of one [`Clock`](crate::maps::Clock), written by the program `lb_clock`.
@@ -83,6 +98,10 @@ pub mod capacity {
     pub const SOCKETS: u32 = 65_536;
     /// Fragmented datagrams in flight, per family.
     pub const FRAGMENTS: u32 = 8_192;
+    /// Fragments that wait for the first one of their datagram, per family: 0.8 MB each.
+    pub const HELD: u32 = 512;
+    /// loadBalancerSourceRanges, per family; memory follows their number.
+    pub const SOURCE_RANGES: u32 = 65_536;
 }
 
 /// Load-time constants (read-only globals) of the kernel object.
@@ -98,6 +117,12 @@ pub mod global {
     pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
     /// u64: cookie of the network namespace whose sockets are served; 0 serves all.
     pub const SOCKET_NETNS: &str = "SOCKET_NETNS";
+    /// u64: cookie of the node's own network namespace.
+    pub const HOST_NETNS: &str = "HOST_NETNS";
+    /// u8: 1 answers echo requests to Service addresses.
+    pub const ANSWER_PING: &str = "ANSWER_PING";
+    /// u8: 1 gives all packets to ClusterIPs an address of this node (rule D2).
+    pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
 }
 
 /// Element of `CLOCK`.

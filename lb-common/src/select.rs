@@ -1,8 +1,8 @@
 //! Which backend a new flow gets. The data path, the tests and whatever explains decisions use this one piece.
 
 use crate::{
-    Addr,
-    frontend::{ServiceRecord, SlotRange, flags},
+    Addr, cidr,
+    frontend::{FrontendValue, ServiceRecord, SlotRange, flags},
     tuple::Tuple,
 };
 
@@ -25,6 +25,40 @@ pub enum Choice {
     Reject,
     /// The policy is Local, and all endpoints are on other nodes: no answer.
     Drop,
+}
+
+/// What becomes of a new packet whose port has no frontend (rule C7, as kube-proxy's nftables mode has it).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Unlisted {
+    /// Nobody's business here.
+    Pass,
+    /// A ClusterIP without such a port.
+    Reject,
+    /// An address of a ServiceCIDR that no Service has.
+    Drop,
+}
+
+/// Decides by the entry about the destination's address as a whole, if there is one, and by the flags of the range that
+/// the address is in ([`cidr::flags`]; 0: none).
+#[inline(always)]
+pub const fn unlisted(address: Option<FrontendValue>, range_flags: u32) -> Unlisted {
+    match address {
+        Some(value) if value.flags & flags::KIND_MASK == flags::KIND_CLUSTER_IP => Unlisted::Reject,
+        Some(_) => Unlisted::Pass,
+        None if range_flags & cidr::flags::DROP_UNASSIGNED != 0 => Unlisted::Drop,
+        None => Unlisted::Pass,
+    }
+}
+
+/// True if an echo request to this address is to be answered, where that is asked for at all: the node answers for its
+/// own addresses itself.
+#[inline(always)]
+pub const fn answers_ping(address: FrontendValue) -> bool {
+    matches!(
+        address.flags & flags::KIND_MASK,
+        flags::KIND_CLUSTER_IP | flags::KIND_LOAD_BALANCER | flags::KIND_EXTERNAL_IP
+    )
 }
 
 /// True if this frontend offers `origin` only endpoints of this node.
@@ -116,6 +150,19 @@ mod tests {
         assert_eq!(choose(f, Origin::Internal, some, none), Choice::Slots(some));
         assert_eq!(choose(flags::INTERNAL_LOCAL, Origin::Internal, some, none), Choice::Drop);
         assert_eq!(choose(0, Origin::External, none, some), Choice::Reject);
+    }
+
+    #[test]
+    fn unlisted_ports_of_cluster_ips_are_rejected_and_unassigned_addresses_dropped() {
+        let of = |kind| Some(FrontendValue { service: 0, flags: kind });
+        let drop = cidr::flags::ACTIVE | cidr::flags::DROP_UNASSIGNED;
+        assert_eq!(unlisted(of(flags::KIND_CLUSTER_IP), drop), Unlisted::Reject);
+        assert_eq!(unlisted(of(flags::KIND_CLUSTER_IP), cidr::flags::ACTIVE), Unlisted::Reject);
+        assert_eq!(unlisted(of(flags::KIND_FOREIGN), drop), Unlisted::Pass);
+        assert_eq!(unlisted(of(flags::KIND_NODE_PORT), drop), Unlisted::Pass);
+        assert_eq!(unlisted(None, drop), Unlisted::Drop);
+        assert_eq!(unlisted(None, cidr::flags::ACTIVE), Unlisted::Pass);
+        assert_eq!(unlisted(None, 0), Unlisted::Pass);
     }
 
     proptest! {

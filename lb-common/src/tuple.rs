@@ -46,39 +46,6 @@ impl<A: Addr> Tuple<A> {
     }
 }
 
-/// Key of `FRAGMENTS4` and `FRAGMENTS6`: what all fragments of one datagram share (RFC 791, RFC 8200 section 4.5).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct FragmentKey<A> {
-    pub src: A,
-    pub dst: A,
-    /// Identification field as in the packet (IPv4 has 16 bits).
-    pub id: u32,
-    pub proto: u8,
-    pub _pad: u8,
-    pub _pad2: u16,
-}
-
-map_type!(FragmentKey<V4>, size = 16);
-map_type!(FragmentKey<V6>, size = 40);
-
-impl<A: Addr> FragmentKey<A> {
-    #[inline(always)]
-    pub const fn new(src: A, dst: A, id: u32, proto: u8) -> Self {
-        Self { src, dst, id, proto, _pad: 0, _pad2: 0 }
-    }
-}
-
-/// Value of `FRAGMENTS4` and `FRAGMENTS6`: the ports, which only the first fragment has.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FragmentPorts {
-    pub sport: Be16,
-    pub dport: Be16,
-}
-
-map_type!(FragmentPorts, size = 4);
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -43,8 +43,8 @@ counters! {
     RejectNoEndpoints = 3, "reject_no_endpoints";
     /// Refused at connect or sendmsg for the same reason.
     SocketRejectNoEndpoints = 4, "socket_reject_no_endpoints";
-    /// Dropped: policy Local and no usable endpoint on this node.
-    DropNoLocalEndpoints = 5, "drop_no_local_endpoints";
+    /// Dropped: externalTrafficPolicy Local and no usable endpoint on this node.
+    DropNoLocalEndpointsExternal = 5, "drop_no_local_endpoints_external";
     /// Dropped: no free source port.
     DropSnatExhausted = 6, "drop_snat_exhausted";
     /// Dropped: the flow table is full.
@@ -73,6 +73,22 @@ counters! {
     DropNoFlow = 18, "drop_no_flow";
     /// Dropped: an ICMP error would have answered, but too many have this second.
     DropIcmpRateLimited = 19, "drop_icmp_rate_limited";
+    /// Dropped: internalTrafficPolicy Local and no usable endpoint on this node.
+    DropNoLocalEndpointsInternal = 20, "drop_no_local_endpoints_internal";
+    /// Refused: the ClusterIP has no such port.
+    RejectUnlistedPort = 21, "reject_unlisted_port";
+    /// Dropped: an address of a ServiceCIDR that no Service has.
+    DropUnassignedAddress = 22, "drop_unassigned_address";
+    /// Dropped: the client is not in the Service's loadBalancerSourceRanges.
+    DropSourceRange = 23, "drop_source_range";
+    /// Echo requests to a frontend's address answered (`--answer-ping`).
+    EchoAnswered = 24, "echo_answered";
+    /// TCP packets to a backend that is gone answered with a reset.
+    ResetGoneBackend = 25, "reset_gone_backend";
+    /// Later fragments held back until the first one of their datagram comes.
+    FragmentHeld = 26, "fragment_held";
+    /// Held fragments let go, behind the first one.
+    FragmentReleased = 27, "fragment_released";
 }
 
 #[cfg(test)]

@@ -13,6 +13,12 @@ static SNAT_PORT_LAST: Global<u16> = Global::new(PortRange::DEFAULT.last);
 static HASH_SEED: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static SOCKET_NETNS: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static HOST_NETNS: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static ANSWER_PING: Global<u8> = Global::new(0);
+#[unsafe(no_mangle)]
+static MASQUERADE_ALL: Global<u8> = Global::new(0);
 
 #[inline(always)]
 pub fn jiffies_per_s() -> u32 {
@@ -33,4 +39,22 @@ pub fn hash_seed() -> u32 {
 #[inline(always)]
 pub fn socket_netns() -> u64 {
     SOCKET_NETNS.load()
+}
+
+/// Cookie of the node's own network namespace.
+#[inline(always)]
+pub fn host_netns() -> u64 {
+    HOST_NETNS.load()
+}
+
+/// Echo requests to Service addresses are answered.
+#[inline(always)]
+pub fn answer_ping() -> bool {
+    ANSWER_PING.load() != 0
+}
+
+/// All packets to ClusterIPs get an address of this node.
+#[inline(always)]
+pub fn masquerade_all() -> bool {
+    MASQUERADE_ALL.load() != 0
 }

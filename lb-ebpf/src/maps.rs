@@ -2,19 +2,22 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray},
     macros::btf_map,
 };
 use lb_common::{
     V4, V6,
     affinity::{AffinityKey, AffinityValue, MemberKey},
     backend::Backend,
+    cidr::{self, ServiceCidr},
     conntrack::Flow,
     device::Device,
+    fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey},
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord, ServiceStats},
     maps::{Clock, capacity},
     socket::{SocketKey, SocketOrigin},
-    tuple::{FragmentKey, FragmentPorts, Tuple},
+    source::SourceRange,
+    tuple::Tuple,
     verdict::Counter,
 };
 
@@ -69,6 +72,23 @@ pub static FRAGMENTS4: LruHashMap<FragmentKey<V4>, FragmentPorts, { capacity::FR
 #[btf_map]
 pub static FRAGMENTS6: LruHashMap<FragmentKey<V6>, FragmentPorts, { capacity::FRAGMENTS as usize }> =
     LruHashMap::new();
+#[btf_map]
+pub static HELD4: LruHashMap<HeldKey<V4>, HeldFrame, { capacity::HELD as usize }> = LruHashMap::new();
+#[btf_map]
+pub static HELD6: LruHashMap<HeldKey<V6>, HeldFrame, { capacity::HELD as usize }> = LruHashMap::new();
+/// A fragment on its way to `HELD4` or `HELD6` and back.
+#[btf_map]
+pub static HELD_SCRATCH: PerCpuArray<HeldFrame, 1> = PerCpuArray::new();
+#[btf_map]
+pub static SERVICE_CIDRS4: Array<ServiceCidr<V4>, { cidr::CAPACITY as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static SERVICE_CIDRS6: Array<ServiceCidr<V6>, { cidr::CAPACITY as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static SOURCE_RANGES4: LpmTrie<SourceRange<V4>, u32, { capacity::SOURCE_RANGES as usize }> =
+    LpmTrie::new();
+#[btf_map]
+pub static SOURCE_RANGES6: LpmTrie<SourceRange<V6>, u32, { capacity::SOURCE_RANGES as usize }> =
+    LpmTrie::new();
 #[btf_map]
 pub static SCRATCH4: PerCpuArray<Scratch<V4>, 1> = PerCpuArray::new();
 #[btf_map]

@@ -6,8 +6,9 @@ use lb_common::{
     backend::Backend,
     conntrack::Flow,
     device::Device,
+    fragment::{FragmentKey, FragmentPorts},
     frontend::{FrontendKey, FrontendValue},
-    tuple::{FragmentKey, FragmentPorts, Tuple},
+    tuple::Tuple,
 };
 
 use crate::{forward::Fib, icmp, maps};

@@ -62,7 +62,7 @@ pub fn pick<A: Net>(
     let range = match select::choose(frontend.flags, origin, cluster, local) {
         Choice::Slots(range) => range,
         Choice::Reject => return Err(Refusal::Reject),
-        Choice::Drop => return Err(Refusal::Drop(Counter::DropNoLocalEndpoints)),
+        Choice::Drop => return Err(Refusal::Drop(no_local_endpoints(frontend.flags))),
     };
     if frontend.flags & flags::AFFINITY == 0 {
         return from_slot(range, hash).ok_or(bad_map);
@@ -78,6 +78,16 @@ pub fn pick<A: Net>(
     // Every new connection restarts the timeout (rule G3).
     A::put_affinity(&key, &AffinityValue { backend: picked.id, last_used: now });
     Ok(picked)
+}
+
+/// Rule C8: one counter per policy. That of a ClusterIP is the internal one, whoever asks.
+#[inline(always)]
+const fn no_local_endpoints(frontend_flags: u32) -> Counter {
+    if frontend_flags & flags::KIND_MASK == flags::KIND_CLUSTER_IP {
+        Counter::DropNoLocalEndpointsInternal
+    } else {
+        Counter::DropNoLocalEndpointsExternal
+    }
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use lb_common::{
     V4, V6,
     conntrack::{Flow, flags},
-    tuple::FragmentPorts,
+    fragment::FragmentPorts,
     verdict::Counter,
 };
 
@@ -147,7 +147,10 @@ fn translate<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, ttl: u8) -> Out
     let new = flow.rewritten(p.tuple.proto);
     rewrite(skb, p, &new, ttl).map_err(|_| Counter::DropRewriteFailed)?;
     if p.is_fragment && !p.is_later_fragment {
-        A::put_fragment(&p.fragment_key(), &FragmentPorts { sport: p.tuple.sport, dport: p.tuple.dport });
+        A::put_fragment(
+            &p.fragment_key(),
+            &FragmentPorts { sport: p.tuple.sport, dport: p.tuple.dport, seen: p.now },
+        );
     }
     metrics::count_service(flow.service, skb.packets(), p.ip_bytes, false);
     Ok(NEXT)

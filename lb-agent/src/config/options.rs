@@ -43,6 +43,21 @@ impl Options<'_> {
                 self.list("nodeport_addresses", |a| &a.nodeport_addresses),
             )?,
             allow_external_ips: self.each("allow_external_ips", |a| &a.allow_external_ips, parse::cidr)?,
+            localhost_nodeports: self.or(
+                "localhost_nodeports",
+                |a| &a.localhost_nodeports,
+                true,
+                parse::on_off,
+            )?,
+            service_cidrs: self.each("service_cidr", |a| &a.service_cidr, parse::cidr)?,
+            masquerade_all: self.or("masquerade_all", |a| &a.masquerade_all, false, parse::on_off)?,
+            answer_ping: self.or("answer_ping", |a| &a.answer_ping, false, parse::on_off)?,
+            reset_gone_backends: self.or(
+                "reset_gone_backends",
+                |a| &a.reset_gone_backends,
+                true,
+                parse::on_off,
+            )?,
             // kube-proxy's ports: clusters have them open for load balancers and in their firewalls.
             healthz_bind_address: self.or(
                 "healthz_bind_address",
@@ -116,6 +131,12 @@ impl Options<'_> {
             flows: self.or("max_flows", |a| &a.max_flows, default.flows, size)?,
             affinity: self.or("max_affinity", |a| &a.max_affinity, default.affinity, size)?,
             sockets: self.or("max_sockets", |a| &a.max_sockets, default.sockets, size)?,
+            source_ranges: self.or(
+                "max_source_ranges",
+                |a| &a.max_source_ranges,
+                default.source_ranges,
+                size,
+            )?,
         })
     }
 
@@ -151,6 +172,12 @@ impl Options<'_> {
                 "udp_established_timeout",
                 |a| &a.udp_established_timeout,
                 default.udp_established_s,
+                time,
+            )?,
+            sctp_established_s: self.or(
+                "sctp_established_timeout",
+                |a| &a.sctp_established_timeout,
+                default.sctp_established_s,
                 time,
             )?,
         })
@@ -213,6 +240,7 @@ pub(super) fn key(id: &str) -> String {
     match id {
         "nodeport_addresses" => return "nodePortAddresses".into(),
         "allow_external_ips" => return "allowExternalIPs".into(),
+        "localhost_nodeports" => return "localhostNodePorts".into(),
         _ => {}
     }
     let mut words = id.split('_');

@@ -49,6 +49,8 @@ pub fn max_entries(c: &Capacities) -> Vec<(&'static str, u32)> {
         (name::AFFINITY4, c.affinity),
         (name::AFFINITY6, c.affinity),
         (name::SOCKETS, c.sockets),
+        (name::SOURCE_RANGES4, c.source_ranges),
+        (name::SOURCE_RANGES6, c.source_ranges),
     ]
 }
 
@@ -77,10 +79,13 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
     let seed = hash_seed();
     let log_level = trace::level(settings.trace_flows);
     let (first, last) = (settings.snat_ports.first, settings.snat_ports.last);
+    let host_netns = netns_cookie().map_err(Error::NetnsCookie)?;
     let netns = match settings.socket_lb {
         SocketLb::All => 0,
-        SocketLb::Host | SocketLb::Off => netns_cookie().map_err(Error::NetnsCookie)?,
+        SocketLb::Host | SocketLb::Off => host_netns,
     };
+    let answer_ping = u8::from(settings.answer_ping);
+    let masquerade_all = u8::from(settings.masquerade_all);
     let mut loader = EbpfLoader::new();
     loader
         .override_global(global::JIFFIES_PER_S, &jiffies_per_s, true)
@@ -88,6 +93,9 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
         .override_global(global::SNAT_PORT_LAST, &last, true)
         .override_global(global::HASH_SEED, &seed, true)
         .override_global(global::SOCKET_NETNS, &netns, true)
+        .override_global(global::HOST_NETNS, &host_netns, true)
+        .override_global(global::ANSWER_PING, &answer_ping, true)
+        .override_global(global::MASQUERADE_ALL, &masquerade_all, true)
         .override_global(global::LOG_LEVEL, &log_level, true);
     for (map, entries) in max_entries(&settings.capacities) {
         loader.map_max_entries(map, entries);

@@ -30,7 +30,7 @@ use crate::settings::Capacities;
 const CHUNK: usize = 4096;
 
 /// What the planner reads back as the state that it left: kept together, or given up together.
-const PLANNED: [&str; 9] = [
+const PLANNED: [&str; 13] = [
     name::FRONTENDS4,
     name::FRONTENDS6,
     name::SERVICES,
@@ -40,6 +40,10 @@ const PLANNED: [&str; 9] = [
     name::AFFINITY_MEMBERS,
     name::SERVICE_NAMES,
     name::SERVICE_STATS,
+    name::SERVICE_CIDRS4,
+    name::SERVICE_CIDRS6,
+    name::SOURCE_RANGES4,
+    name::SOURCE_RANGES6,
 ];
 
 /// What programs write, so that it may grow until they are replaced.
