@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     health::{Health, Status},
-    metrics::{self, Metrics},
+    metrics::{self, Metrics, probes::counted},
 };
 
 /// First and longest pause between two attempts to get a port.
@@ -46,11 +46,13 @@ pub async fn serve(
     status: Arc<Status>,
     registry: Arc<Metrics>,
 ) {
+    let probes = registry.kube_proxy().clone();
     let metrics_routes = metrics_routes(status.clone(), registry);
     if healthz.is_some() && healthz == metrics {
-        return serve_one("metrics", "metrics-bind-address", metrics, metrics_routes, &status).await;
+        let routes = counted(metrics_routes, probes);
+        return serve_one("metrics", "metrics-bind-address", metrics, routes, &status).await;
     }
-    let healthz_routes = healthz_routes(status.clone());
+    let healthz_routes = counted(healthz_routes(status.clone()), probes);
     tokio::join!(
         serve_one("healthz", "healthz-bind-address", healthz, healthz_routes, &status),
         serve_one("metrics", "metrics-bind-address", metrics, metrics_routes, &status),

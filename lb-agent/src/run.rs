@@ -113,6 +113,7 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
     };
     let reconciler = Reconciler::new(Core::new(Maps::open(&pins)?, rules), &settings.node_name, wiring);
     let sweeper = Sweeper::open(&dir, settings.timeouts, flow_entries)?;
+    let sweeper = sweeper.counting(metrics.kube_proxy().clone());
     let devices = Arc::new(Devices::open(&pins)?);
 
     let mut parts = Parts::new();

@@ -12,7 +12,10 @@ use super::rejections::Rejections;
 use crate::{
     maps::{Applied, MapError, Maps, Refused},
     model::{Dirty, Model, ServiceKey, convert},
-    plan::{ActualState, Capacities, MapOp, NodeView, Plan, Planner, Retired, nodeport::nodeport_addresses},
+    plan::{
+        ActualState, Capacities, MapOp, NodeView, Plan, Planner, Retired, no_local::NoLocalEndpoints,
+        nodeport::nodeport_addresses,
+    },
     settings::NodePortAddresses,
     source::{Object, ObjectRef},
 };
@@ -58,12 +61,16 @@ fn and_more(n: usize) -> String {
 pub struct Outcome {
     /// There was something to plan.
     pub ran: bool,
+    /// The plan looked at every Service.
+    pub full: bool,
     /// Operations by kind.
     pub operations: BTreeMap<&'static str, u64>,
     /// What is left out at present, by reason.
     pub rejected: BTreeMap<&'static str, i64>,
     /// UDP flows that have to be checked.
     pub retired: Vec<Retired>,
+    /// Rule C8, as of now.
+    pub no_local: NoLocalEndpoints,
 }
 
 /// The settings that planning needs.
@@ -85,6 +92,7 @@ pub struct Core<K> {
     view: Option<NodeView>,
     dirty: BTreeSet<ServiceKey>,
     all_dirty: bool,
+    revision: u64,
     rejections: Rejections,
 }
 
@@ -98,6 +106,7 @@ impl<K: Kernel> Core<K> {
             view: None,
             dirty: BTreeSet::new(),
             all_dirty: false,
+            revision: 0,
             rejections: Rejections::default(),
         }
     }
@@ -124,10 +133,16 @@ impl<K: Kernel> Core<K> {
 
     fn mark(&mut self, dirty: Dirty) {
         match dirty {
-            Dirty::Nothing => {}
+            Dirty::Nothing => return,
             Dirty::Services(keys) => self.dirty.extend(keys),
             Dirty::All => self.all_dirty = true,
         }
+        self.revision += 1;
+    }
+
+    /// Another number after every change that makes something stale.
+    pub fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// Something has changed since the last turn.
@@ -169,7 +184,7 @@ impl<K: Kernel> Core<K> {
             *outcome.operations.entry(kind).or_insert(0) += n;
         }
         outcome.retired.extend(audit.retired);
-        Ok(Outcome { ran: true, rejected: audit.rejected, ..outcome })
+        Ok(Outcome { ran: true, full: true, rejected: audit.rejected, no_local: audit.no_local, ..outcome })
     }
 
     fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
@@ -194,7 +209,8 @@ impl<K: Kernel> Core<K> {
             Some(planner) => (planner, false),
             None => (self.recover()?, true),
         };
-        let mut plan = if all || recovered {
+        outcome.full = all || recovered;
+        let mut plan = if outcome.full {
             planner.plan_all(&self.model, view)
         } else {
             planner.plan_services(&self.model, view, dirty)
@@ -207,6 +223,7 @@ impl<K: Kernel> Core<K> {
             plan = planner.plan_services(&self.model, view, []);
         }
         self.rejections.planned(planner.rejections());
+        outcome.no_local = planner.no_local_endpoints();
         self.planner = Some(planner);
         Ok(())
     }
