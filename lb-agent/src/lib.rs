@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod configz;
 pub mod datapath;
 pub mod health;
 pub mod host;

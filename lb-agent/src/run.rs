@@ -17,6 +17,7 @@ use tokio::{
 };
 
 use crate::{
+    configz,
     datapath::{self, Datapath, Role},
     health::Status,
     host, http,
@@ -111,7 +112,8 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
         status: status.clone(),
         metrics: metrics.clone(),
     };
-    let reconciler = Reconciler::new(Core::new(Maps::open(&pins)?, rules), &settings.node_name, wiring);
+    let core = Core::new(Maps::open(&pins)?, rules);
+    let reconciler = Reconciler::new(core, &settings.node_name, wiring);
     let sweeper = Sweeper::open(&dir, settings.timeouts, flow_entries)?;
     let devices = Arc::new(Devices::open(&pins)?);
 
@@ -121,6 +123,7 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
         settings.metrics_bind_address,
         status,
         metrics.clone(),
+        configz::configz(settings),
     )));
     parts.spawn(forever(watch_devices(datapath.clone(), devices, addresses_in)));
     parts.spawn(forever(count_devices(datapath.clone(), metrics.clone())));
