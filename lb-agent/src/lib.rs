@@ -5,6 +5,7 @@ pub mod config;
 pub mod configz;
 pub mod datapath;
 pub mod health;
+pub mod healthcheck;
 pub mod host;
 pub mod http;
 pub mod inspect;
