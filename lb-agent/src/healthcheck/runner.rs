@@ -120,7 +120,7 @@ impl Runner {
                 task.abort();
                 // The port is free once the task has been dropped; being cancelled is what it was asked for.
                 let _ = task.await;
-                tracing::info!(service = %place.0, address = %place.1, "health check closed");
+                tracing::debug!(service = %place.0, address = %place.1, "health check closed");
             }
         }
         let mut failed: BTreeMap<ServiceKey, Vec<(SocketAddr, io::Error)>> = BTreeMap::new();
@@ -148,7 +148,7 @@ impl Runner {
             status: self.status.clone(),
         };
         socket.task = Some(tokio::spawn(server::serve(listener, Arc::new(answer))));
-        tracing::info!(service = %place.0, address = %place.1, "health check opened");
+        tracing::debug!(service = %place.0, address = %place.1, "health check opened");
         Ok(())
     }
 
@@ -172,7 +172,13 @@ impl Runner {
 
     fn try_again(&mut self) {
         let Some(mut retry) = self.retry.take() else { return };
-        retry.places.retain(|place| self.open(place).is_err());
+        retry.places.retain(|place| {
+            let opened = self.open(place).is_ok();
+            if opened {
+                tracing::info!(service = %place.0, address = %place.1, "health checks are answered now");
+            }
+            !opened
+        });
         if !retry.places.is_empty() {
             retry.pause = (retry.pause * 2).min(RETRY_MAX);
             retry.at = Instant::now() + retry.pause;
