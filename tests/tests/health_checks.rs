@@ -169,7 +169,9 @@ fn h4_a_port_that_is_taken_is_said_and_had_once_it_is_free() {
     wait_for_check(client, checks(&cluster, 2, 13)[0], Some((200, 1)));
     let complaints = || {
         let logs = cluster.logs();
-        logs.lines().filter(|l| l.contains("health checks") && l.contains("default/taken")).count()
+        logs.lines()
+            .filter(|l| l.contains("cannot answer health checks") && l.contains("default/taken"))
+            .count()
     };
     wait_for("the agent to complain", SOON, || complaints() == 1).unwrap();
     drop(taken);
