@@ -7,9 +7,11 @@ use std::{
 };
 
 use ipnet::IpNet;
+use tokio::sync::watch;
 
 use super::rejections::Rejections;
 use crate::{
+    healthcheck::{self, Tracker},
     maps::{Applied, MapError, Maps, Refused},
     model::{Dirty, Model, ServiceKey, convert},
     plan::{
@@ -94,6 +96,7 @@ pub struct Core<K> {
     all_dirty: bool,
     revision: u64,
     rejections: Rejections,
+    health_checks: Tracker,
 }
 
 impl<K: Kernel> Core<K> {
@@ -108,7 +111,13 @@ impl<K: Kernel> Core<K> {
             all_dirty: false,
             revision: 0,
             rejections: Rejections::default(),
+            health_checks: Tracker::default(),
         }
+    }
+
+    /// Which health check servers the node is to have, as of the last turn that succeeded.
+    pub fn health_checks(&self) -> watch::Receiver<healthcheck::Desired> {
+        self.health_checks.subscribe()
     }
 
     /// Takes in a new or changed object. A part that cannot be understood is left out and said; of an object that
@@ -165,7 +174,13 @@ impl<K: Kernel> Core<K> {
         let mut outcome =
             Outcome { ran: all || !dirty.is_empty() || self.planner.is_none(), ..Outcome::default() };
         self.view = Some(view.clone());
+        self.health_checks.mark(all, &dirty);
         let result = self.program(&view, all, &dirty, &mut outcome);
+        if result.is_ok() {
+            let addresses =
+                healthcheck::listen_addresses(&self.rules.nodeport_addresses, &view.nodeport_addresses);
+            self.health_checks.publish(&self.model, &view, addresses);
+        }
         outcome.rejected = self.rejections.by_reason();
         result.map(|()| outcome)
     }
