@@ -164,6 +164,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         match event {
             Event::Apply(object) => core.apply(&object),
             Event::Delete(object) => core.delete(&object),
+            Event::Missing(missing) => core.missing(&missing),
             Event::Synced => return Ok(true),
         }
         if core.is_dirty() && core.is_started() {

@@ -1,6 +1,8 @@
 //! The planner against a simulated kernel.
 
+mod cluster_ips;
 mod economy;
+mod held;
 mod kernel;
 mod laws;
 mod limits;
@@ -8,4 +10,5 @@ mod recovery;
 mod reference;
 mod rules;
 mod sharing;
+mod source_ranges;
 mod world;

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -12,9 +11,11 @@ use super::rejections::Rejections;
 use crate::{
     maps::{Applied, MapError, Maps, Refused},
     model::{Dirty, Model, ServiceKey, convert},
-    plan::{ActualState, Capacities, MapOp, NodeView, Plan, Planner, Retired, nodeport::nodeport_addresses},
+    plan::{
+        ActualState, Capacities, Held, MapOp, NodeView, Plan, Planner, Retired, nodeport::loopback_addresses,
+    },
     settings::NodePortAddresses,
-    source::{Object, ObjectRef},
+    source::{Missing, Object, ObjectRef},
 };
 
 /// Plans that free room are followed by another one for whoever waits for it: at most so many times in one turn.
@@ -72,6 +73,8 @@ pub struct NodeRules {
     pub name: String,
     pub nodeport_addresses: NodePortAddresses,
     pub allow_external_ips: Vec<IpNet>,
+    pub localhost_nodeports: bool,
+    pub service_cidrs: Vec<IpNet>,
 }
 
 /// The model, the planner and the maps.
@@ -85,6 +88,13 @@ pub struct Core<K> {
     view: Option<NodeView>,
     dirty: BTreeSet<ServiceKey>,
     all_dirty: bool,
+    cidrs_dirty: bool,
+    /// Plan everything, whatever is dirty.
+    replan: bool,
+    /// What the source cannot read.
+    missing: Held,
+    /// Services of which an object cannot be understood, and never could.
+    unconverted: BTreeMap<ObjectRef, Option<ServiceKey>>,
     rejections: Rejections,
 }
 
@@ -98,6 +108,10 @@ impl<K: Kernel> Core<K> {
             view: None,
             dirty: BTreeSet::new(),
             all_dirty: false,
+            cidrs_dirty: false,
+            replan: false,
+            missing: Held::default(),
+            unconverted: BTreeMap::new(),
             rejections: Rejections::default(),
         }
     }
@@ -110,9 +124,44 @@ impl<K: Kernel> Core<K> {
                 self.rejections.converted(object.reference(), converted.rejections);
                 let dirty = self.model.apply(converted.object);
                 self.mark(dirty);
+                self.replan |= self.unconverted.remove(&object.reference()).is_some();
             }
-            Err(rejection) => self.rejections.converted(object.reference(), vec![rejection]),
+            Err(rejection) => {
+                self.rejections.converted(object.reference(), vec![rejection]);
+                self.hold(object);
+            }
         }
+    }
+
+    /// Takes in what the source cannot read as of now.
+    pub fn missing(&mut self, missing: &Missing) {
+        let services = missing.services.iter().map(|(namespace, name)| ServiceKey::new(namespace, name));
+        self.missing = Held { services: services.collect(), unknown: missing.unknown };
+        self.replan = true;
+    }
+
+    /// Of an object that was never understood, what an earlier run programmed is the last good state.
+    fn hold(&mut self, object: &Object) {
+        let reference = object.reference();
+        if self.is_started() || self.unconverted.contains_key(&reference) {
+            return;
+        }
+        let service = match object {
+            Object::Service(_) => Some(ServiceKey::new(&reference.namespace, &reference.name)),
+            Object::EndpointSlice(slice) => {
+                let labels = slice.metadata.labels.as_ref();
+                let name = labels.and_then(|l| l.get(convert::SERVICE_NAME_LABEL));
+                name.map(|name| ServiceKey::new(&reference.namespace, name))
+            }
+            Object::Node(_) | Object::ServiceCidr(_) => return,
+        };
+        self.unconverted.insert(reference, service);
+    }
+
+    fn held(&self) -> Held {
+        let mut held = self.missing.clone();
+        held.services.extend(self.unconverted.values().flatten().cloned());
+        held
     }
 
     /// Takes in that an object is gone.
@@ -120,6 +169,7 @@ impl<K: Kernel> Core<K> {
         self.rejections.deleted(object);
         let dirty = self.model.apply(convert::deleted(object));
         self.mark(dirty);
+        self.replan |= self.unconverted.remove(object).is_some();
     }
 
     fn mark(&mut self, dirty: Dirty) {
@@ -127,12 +177,13 @@ impl<K: Kernel> Core<K> {
             Dirty::Nothing => {}
             Dirty::Services(keys) => self.dirty.extend(keys),
             Dirty::All => self.all_dirty = true,
+            Dirty::ServiceCidrs => self.cidrs_dirty = true,
         }
     }
 
     /// Something has changed since the last turn.
     pub fn is_dirty(&self) -> bool {
-        self.all_dirty || !self.dirty.is_empty()
+        self.all_dirty || self.cidrs_dirty || self.replan || !self.dirty.is_empty()
     }
 
     /// There has been a first turn.
@@ -144,11 +195,12 @@ impl<K: Kernel> Core<K> {
     pub fn sync(&mut self, local: &BTreeSet<IpAddr>) -> Result<Outcome, SyncError> {
         let view = self.look_at_node(local);
         // A changed view changes every Service; a change of the node that leaves the view as it was changes none.
-        let all = self.view.as_ref() != Some(&view);
+        let all = std::mem::take(&mut self.replan) || self.view.as_ref() != Some(&view);
         self.all_dirty = false;
+        let cidrs = std::mem::take(&mut self.cidrs_dirty);
         let dirty = std::mem::take(&mut self.dirty);
-        let mut outcome =
-            Outcome { ran: all || !dirty.is_empty() || self.planner.is_none(), ..Outcome::default() };
+        let ran = all || cidrs || !dirty.is_empty() || self.planner.is_none();
+        let mut outcome = Outcome { ran, ..Outcome::default() };
         self.view = Some(view.clone());
         let result = self.program(&view, all, &dirty, &mut outcome);
         outcome.rejected = self.rejections.by_reason();
@@ -173,12 +225,11 @@ impl<K: Kernel> Core<K> {
     }
 
     fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
-        let node = self.model.node();
+        let rules = &self.rules;
         NodeView {
-            name: Arc::from(self.rules.name.as_str()),
-            zone: node.and_then(|n| n.zone.clone()),
-            nodeport_addresses: nodeport_addresses(&self.rules.nodeport_addresses, local, node),
-            allow_external_ips: self.rules.allow_external_ips.clone(),
+            loopback_addresses: loopback_addresses(&rules.nodeport_addresses, rules.localhost_nodeports),
+            service_cidrs: rules.service_cidrs.clone(),
+            ..NodeView::new(&self.model, &rules.nodeport_addresses, &rules.allow_external_ips, local)
         }
     }
 
@@ -194,6 +245,7 @@ impl<K: Kernel> Core<K> {
             Some(planner) => (planner, false),
             None => (self.recover()?, true),
         };
+        planner.set_held(self.held());
         let mut plan = if all || recovered {
             planner.plan_all(&self.model, view)
         } else {
@@ -222,6 +274,8 @@ impl<K: Kernel> Core<K> {
 
     fn carry_out(&mut self, plan: &mut Plan, outcome: &mut Outcome) -> Result<(), SyncError> {
         if plan.ops.is_empty() {
+            // Flows may have to go even where the maps are right: an earlier run may have come no further than these.
+            outcome.retired.append(&mut plan.retired);
             return Ok(());
         }
         let mut applied = self.kernel.apply(&plan.ops)?;
@@ -248,6 +302,12 @@ fn kind(op: &MapOp) -> &'static str {
         MapOp::PutFrontend { .. } => "put_frontend",
         MapOp::DeleteFrontend { .. } => "delete_frontend",
         MapOp::DeleteMember { .. } => "delete_member",
+        MapOp::PutAddress { .. } => "put_address",
+        MapOp::DeleteAddress { .. } => "delete_address",
+        MapOp::PutRange { .. } => "put_range",
+        MapOp::DeleteRange { .. } => "delete_range",
+        MapOp::WriteCidr { .. } => "write_cidr",
+        MapOp::SwitchCidr { .. } => "switch_cidr",
         MapOp::Grace => "grace",
         MapOp::ClearService { .. } => "clear_service",
         MapOp::ClearBackend { .. } => "clear_backend",
