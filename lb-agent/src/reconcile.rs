@@ -247,7 +247,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                     metrics.operations(kind, *count);
                 }
                 metrics.set_rejected(outcome.rejected);
-                if !outcome.retired.is_empty() {
+                if outcome.recovered || !outcome.retired.is_empty() {
                     // Without a sweeper the flows run into their timeouts.
                     let _ = retired.send(outcome.retired);
                 }

@@ -22,6 +22,8 @@ pub use judge::{Judgement, Rules, judge};
 use lb_common::{
     Addr,
     conntrack::{Flow, Timeouts, flags},
+    frontend::ServiceRecord,
+    maps::name,
     tuple::Tuple,
     verdict::Counter,
 };
@@ -30,7 +32,7 @@ pub use schedule::{Depth, Schedule};
 use tokio::sync::mpsc;
 
 use crate::{
-    maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, read_error},
+    maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, MmapArray, read_error},
     plan::{Retired, op::Family},
 };
 
@@ -69,6 +71,7 @@ pub struct Sweeper {
     clock: KernelClock,
     flows: FlowTables,
     counters: Counters,
+    services: MmapArray<ServiceRecord>,
     timeouts: Timeouts,
     entries: Arc<FlowEntries>,
 }
@@ -81,6 +84,7 @@ impl Sweeper {
             clock: KernelClock::open(dir)?,
             flows: FlowTables::open(&maps)?,
             counters: Counters::open(&maps)?,
+            services: MmapArray::open(&maps, name::SERVICES)?,
             timeouts,
             entries,
         })
@@ -97,11 +101,13 @@ impl Sweeper {
         Ok([v4, v6])
     }
 
-    /// Deletes the UDP flows of these records to backends that no longer serve; how many there were. Blocks.
+    /// Deletes the UDP flows of these records to backends that no longer serve, and those of records that nobody uses; how
+    /// many there were. Blocks.
     pub fn purge(&self, retired: &[Retired]) -> Result<u64, SweepError> {
         let now = self.clock.jiffies()?;
-        let v4 = purge(&self.flows.v4, &Serving::of(Family::V4, retired, now))?;
-        Ok(v4 + purge(&self.flows.v6, &Serving::of(Family::V6, retired, now))?)
+        let in_use = |id| self.services.load(id).is_some_and(|record| record.in_use != 0);
+        let v4 = purge(&self.flows.v4, &Serving::of(Family::V4, retired, &in_use, now))?;
+        Ok(v4 + purge(&self.flows.v6, &Serving::of(Family::V6, retired, &in_use, now))?)
     }
 
     /// Sweeps for ever, as often as the tables need it, and as soon as backends are `retired`.

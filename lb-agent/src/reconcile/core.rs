@@ -65,6 +65,8 @@ pub struct Outcome {
     pub rejected: BTreeMap<&'static str, i64>,
     /// UDP flows that have to be checked.
     pub retired: Vec<Retired>,
+    /// The maps were read, and hold now what they should: flows of an earlier run may have to go, whatever was retired.
+    pub recovered: bool,
 }
 
 /// The settings that planning needs.
@@ -221,7 +223,7 @@ impl<K: Kernel> Core<K> {
             *outcome.operations.entry(kind).or_insert(0) += n;
         }
         outcome.retired.extend(audit.retired);
-        Ok(Outcome { ran: true, rejected: audit.rejected, ..outcome })
+        Ok(Outcome { ran: true, recovered: true, rejected: audit.rejected, ..outcome })
     }
 
     fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
@@ -258,6 +260,7 @@ impl<K: Kernel> Core<K> {
             }
             plan = planner.plan_services(&self.model, view, []);
         }
+        outcome.recovered = recovered;
         self.rejections.planned(planner.rejections());
         self.planner = Some(planner);
         Ok(())
