@@ -1,6 +1,8 @@
 //! The planner against a simulated kernel.
 
+mod cluster_ips;
 mod economy;
+mod held;
 mod kernel;
 mod laws;
 mod limits;
@@ -9,4 +11,5 @@ mod recovery;
 mod reference;
 mod rules;
 mod sharing;
+mod source_ranges;
 mod world;
