@@ -341,7 +341,11 @@ fn i5_segments_out_of_the_window_do_not_bring_a_reset_to_the_server() {
         let call = Call::tcp(rule.frontend("pod-1b", To::ClusterIp, family, Proto::Tcp));
         let mut session = client.session(&call).unwrap();
         let first = session.ask().unwrap().unwrap();
-        let before = resets_received(server).unwrap();
+        // One to a port that nobody listens on shows that they arrive, and that a reset is seen.
+        let unused = std::net::SocketAddr::new(client.addrs.ip(family), 9);
+        let before = resets_received(server).unwrap() + 1;
+        out_of_window(server, server.addrs.socket(family, 8080), unused).unwrap();
+        wait_for("a reset", SOON, || resets_received(server).is_ok_and(|n| n == before)).unwrap();
         for _ in 0..3 {
             out_of_window(server, server.addrs.socket(family, 8080), first.seen).unwrap();
         }
