@@ -11,7 +11,7 @@ use lb_tests::{
     shared::Shared,
     traffic::{Call, Proto},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::options;
 
@@ -189,16 +189,4 @@ fn b7_traffic_moves_from_node_to_zone_to_anywhere_without_a_failure() {
         f.endpoints(&["pod-1a", "pod-2a", "pod-2b"]);
     });
     rule.check(lines(&["pod-1a"]));
-}
-
-/// What [`set_zone`] relies on.
-#[test]
-fn b4_fixture_has_a_zone_for_each_node() {
-    let zones: Vec<Value> = Fixture::load("nodes")
-        .unwrap()
-        .documents
-        .iter()
-        .map(|n| n["metadata"]["labels"][ZONE].clone())
-        .collect();
-    assert_eq!(zones, ["zone-a", "zone-b"]);
 }
