@@ -10,13 +10,18 @@
 //! [`fixture`] loads and changes manifests, [`probe`] says what traffic is to get and finds out what it does get.
 
 pub mod fixture;
+mod mark;
 pub mod probe;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use self::{fixture::Fixture, probe::Line};
+use self::{
+    fixture::Fixture,
+    mark::{Mark, in_use},
+    probe::Line,
+};
 use crate::{
     cluster::{Cluster, Options},
     place::Place,
@@ -37,8 +42,10 @@ pub struct Rule<'a> {
     pub cluster: Guard<'a>,
     pub fixture: Fixture,
     id: String,
-    /// The number of the last mark.
-    mark: Option<u32>,
+    /// That of the last write.
+    mark: Option<Mark>,
+    /// The records of the last mark that was programmed, by node.
+    records: BTreeMap<u8, u32>,
 }
 
 impl Shared {
@@ -58,7 +65,7 @@ impl Shared {
     /// If there is no such fixture.
     pub fn prepare(&self, id: &str) -> Rule<'_> {
         let fixture = Fixture::load(id).unwrap_or_else(|e| panic!("{e:#}"));
-        Rule { cluster: self.lock(), fixture, id: id.to_owned(), mark: None }
+        Rule { cluster: self.lock(), fixture, id: id.to_owned(), mark: None, records: BTreeMap::new() }
     }
 }
 
@@ -69,24 +76,24 @@ impl Rule<'_> {
         self.apply();
     }
 
-    /// Writes the manifests and waits until both nodes have programmed them: the file also holds a Service that only
-    /// marks this write, in place of the one that marked the last. A plan names new Services first and clears old ones
-    /// last, so in between is where the rest has been programmed.
+    /// Writes the manifests and waits until both nodes have programmed them (see [`mark`]).
     ///
     /// # Panics
     /// If that takes too long.
     pub fn apply(&mut self) {
-        static MARKS: AtomicU32 = AtomicU32::new(1);
-        let last = self.mark.replace(MARKS.fetch_add(1, Ordering::Relaxed));
+        let mark = Mark::new();
+        self.mark = Some(mark);
         self.write();
-        let name = |mark: Option<u32>| mark.map(|m| format!("\"default/mark-{m}/"));
-        let (Some(new), old) = (name(self.mark), name(last)) else { return };
-        for (node, agent) in &self.cluster.agents {
-            let programmed = || {
-                agent.metrics().is_ok_and(|m| m.contains(&new) && old.as_ref().is_none_or(|o| !m.contains(o)))
-            };
-            wait_for(&format!("{node} to program {}", self.id), SOON, programmed)
-                .unwrap_or_else(|e| panic!("{e:#}"));
+        for node in &self.cluster.nodes {
+            let last = self.records.get(&node.number).copied();
+            let mut record = None;
+            wait_for(&format!("{} to program {}", node.place.name, self.id), SOON, || {
+                record = record.or_else(|| mark.record(node).ok().flatten());
+                let old = || last.is_some_and(|last| in_use(node, last).unwrap_or(true));
+                record.is_some() && !old()
+            })
+            .unwrap_or_else(|e| panic!("{e:#}"));
+            self.records.extend(record.map(|record| (node.number, record)));
         }
     }
 
@@ -96,7 +103,7 @@ impl Rule<'_> {
     /// If they cannot be written.
     pub fn write(&self) {
         let mut documents = self.fixture.documents.clone();
-        documents.extend(self.mark.map(mark));
+        documents.extend(self.mark.into_iter().flat_map(Mark::documents));
         self.cluster.manifests.write(&self.id, &documents).unwrap_or_else(|e| panic!("{e:#}"));
     }
 
@@ -157,16 +164,4 @@ impl Drop for Rule<'_> {
         // What a failed test leaves must not fail the others.
         self.cluster.manifests.remove(&self.id).ok();
     }
-}
-
-/// A Service without endpoints, at an address that nobody asks.
-fn mark(number: u32) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": { "name": format!("mark-{number}"), "namespace": "default" },
-        "spec": {
-            "clusterIP": format!("10.97.{}.{}", number / 250, number % 250 + 1),
-            "ports": [{ "port": 1, "protocol": "TCP" }],
-        },
-    })
 }
