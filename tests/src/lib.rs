@@ -6,6 +6,7 @@
 //! * [`traffic`] is what servers and clients do, each a process of its own (`netproc`) in its namespace and cgroup;
 //! * [`expect`] knows what each of them should have seen;
 //! * [`manifests`] are the objects that agents read;
+//! * [`rule`] is one rule of Service semantics at work: a fixture, and a table of what traffic gets;
 //! * [`janitor`] takes everything down again, whatever becomes of the process that made it.
 
 pub mod agent;
@@ -18,6 +19,7 @@ pub mod manifests;
 pub mod netns;
 pub mod packets;
 pub mod place;
+pub mod rule;
 pub mod shared;
 pub mod traffic;
 

@@ -99,7 +99,7 @@ fn endpoints(
 /// A9; hints only make it total.
 fn liveness<'a>(e: &'a Endpoint, node: &NodeView) -> impl Ord + use<'a> {
     let c = e.conditions;
-    (c.ready, !c.terminating, c.serving, is_here(e, node), e.hints.clone())
+    (!c.terminating, c.ready, c.serving, is_here(e, node), e.hints.clone())
 }
 
 fn is_here(e: &Endpoint, node: &NodeView) -> bool {
