@@ -62,7 +62,7 @@ pub struct Outcome {
     pub operations: BTreeMap<&'static str, u64>,
     /// What is left out at present, by reason.
     pub rejected: BTreeMap<&'static str, i64>,
-    /// UDP flows that have to be checked.
+    /// Records whose flows and sockets have to be checked.
     pub retired: Vec<Retired>,
 }
 
@@ -222,6 +222,8 @@ impl<K: Kernel> Core<K> {
 
     fn carry_out(&mut self, plan: &mut Plan, outcome: &mut Outcome) -> Result<(), SyncError> {
         if plan.ops.is_empty() {
+            // An endpoint that took no new flows any more may have stopped serving.
+            outcome.retired.append(&mut plan.retired);
             return Ok(());
         }
         let mut applied = self.kernel.apply(&plan.ops)?;
