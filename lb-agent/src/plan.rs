@@ -41,7 +41,7 @@ use self::{
     draft::Draft,
     frontends::{Frontends, Rank},
     ids::Ids,
-    op::Family,
+    op::{Family, Frontend, Protocol},
     record::Record,
     recover::Leftovers,
     slots::Slots,
@@ -78,23 +78,33 @@ pub struct Plan {
     pub ops: Vec<MapOp>,
     /// Those of the Services that this plan looked at, sorted. [`Planner::rejections`] has all.
     pub rejections: Vec<Rejection>,
-    /// UDP records whose flows have to be checked once the operations are carried out, sorted by record.
+    /// Records whose endpoints changed, sorted by record: flows and sockets have to be checked once the operations are
+    /// carried out.
     pub retired: Vec<Retired>,
     /// This plan freed something that a rejected Service may be waiting for: plan again (with no Service, or the next
     /// dirty ones).
     pub retry: bool,
 }
 
-/// Flows of this UDP record to any other backend than these have to go (SEMANTICS I1): a client that keeps its source
-/// port would be sent to the dead backend for ever. Policies and hints do not matter here, serving ones are kept. The
-/// first plan after a start names every UDP record: backends may have gone meanwhile.
+/// The endpoints of this record are now these; whoever speaks to another one speaks to a retired backend.
+///
+/// UDP flows to one have to go (SEMANTICS I1): a client that keeps its source port would be sent to the dead backend for
+/// ever. TCP and SCTP connections to one go on as long as it answers (I4), for its pod may live on; if it does not answer,
+/// it is gone (J2). Policies and hints do not matter here. The first plan after a start names every record: backends may
+/// have gone meanwhile.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Retired {
     /// The record. The next plan may give the id to another Service if this one is gone.
     pub service: u32,
     pub family: Family,
-    /// What still serves, sorted.
+    pub protocol: Protocol,
+    /// Addresses that clients came by, before this plan or after it, sorted. Those that went before the agent started are
+    /// not known.
+    pub frontends: Vec<Frontend>,
+    /// What established flows may go on to, sorted: see [`endpoints::Sets::serving`].
     pub serving: Vec<(IpAddr, u16)>,
+    /// False if endpoints only came.
+    pub lost: bool,
 }
 
 /// What the kernel has, who owns it, and what is free.
@@ -205,8 +215,8 @@ impl Planner {
                 draft.names.push(MapOp::NameService { service: id, name: desired.name.clone() });
                 self.by_name.insert(record.name.clone(), id);
             }
+            record.plan_retirement(id, &desired.sets.serving, &desired.frontends, draft);
             self.plan_claims(id, &mut record, &desired.frontends);
-            self.plan_retirement(id, &mut record, &desired.sets, draft);
             self.records.insert(id, record);
             kept.push(id);
         }

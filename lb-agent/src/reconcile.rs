@@ -57,7 +57,7 @@ pub struct Wiring {
     pub addresses: watch::Receiver<BTreeSet<IpAddr>>,
     /// Asks for an audit now.
     pub audit: Arc<Notify>,
-    /// Flows of UDP records that lost backends.
+    /// Records whose endpoints changed.
     pub retired: mpsc::UnboundedSender<Vec<Retired>>,
     pub status: Arc<Status>,
     pub metrics: Arc<Metrics>,

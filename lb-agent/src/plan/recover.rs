@@ -237,6 +237,6 @@ fn parse(name: &str, service: &ActualService) -> Option<Record> {
         local: Run::default(),
         members: Box::default(),
         claims: Box::default(),
-        serving: 0,
+        serving: None,
     })
 }
