@@ -112,7 +112,7 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
         metrics: metrics.clone(),
     };
     let reconciler = Reconciler::new(Core::new(Maps::open(&pins)?, rules), &settings.node_name, wiring);
-    let sweeper = Sweeper::open(&dir, settings.timeouts, flow_entries)?;
+    let sweeper = Sweeper::open(&dir, settings.timeouts, settings.reset_gone_backends, flow_entries)?;
     let devices = Arc::new(Devices::open(&pins)?);
 
     let mut parts = Parts::new();

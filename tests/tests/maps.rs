@@ -503,7 +503,7 @@ fn flows_end_together_and_orphans_go() -> Result<()> {
     put(&tables, &tcp)?;
 
     let entries = Arc::new(FlowEntries::default());
-    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, entries.clone())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, true, entries.clone())?;
     let [v4, v6] = sweeper.pass(Depth::Expiry, false)?;
     assert_eq!((v4.expired, v6), (5000, Pass::default()));
     // The half that has not had its five seconds yet stays.
@@ -528,7 +528,7 @@ fn unanswered_flows_end_early_when_the_table_is_nearly_full() -> Result<()> {
     for (client, answered) in [(0x0b00_0001, false), (0x0b00_0002, true)] {
         put(&tables, &pair(client, proto::UDP, now, 15 * hz, answered))?;
     }
-    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, true, Arc::default())?;
     assert_eq!(sweeper.pass(Depth::Expiry, false)?[0].expired, 0);
     assert_eq!(sweeper.pass(Depth::Expiry, true)?[0].expired, 1);
     Ok(())
@@ -538,16 +538,23 @@ fn unanswered_flows_end_early_when_the_table_is_nearly_full() -> Result<()> {
 fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
     let state = State::new(&[])?;
     let tables = FlowTables::open(&state.maps())?;
-    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, true, Arc::default())?;
     let udp = pair(0x0b00_0001, proto::UDP, 0, 0, true);
     let tcp = pair(0x0b00_0001, proto::TCP, 0, 0, true);
     put(&tables, &udp)?;
     put(&tables, &tcp)?;
     let serving = |addr: &str| {
-        vec![Retired { service: 1, family: Family::V4, serving: vec![(addr.parse().unwrap(), 8080)] }]
+        vec![Retired {
+            service: 1,
+            family: Family::V4,
+            protocol: Protocol::Udp,
+            frontends: Vec::new(),
+            serving: vec![(addr.parse().unwrap(), 8080)],
+            lost: true,
+        }]
     };
-    assert_eq!(sweeper.purge(&serving("10.1.0.2"))?, 0);
-    assert_eq!(sweeper.purge(&serving("10.1.0.3"))?, 1);
+    assert_eq!(sweeper.purge(&serving("10.1.0.2"))?, (0, 0));
+    assert_eq!(sweeper.purge(&serving("10.1.0.3"))?, (1, 0));
     // TCP flows end with their connections.
     let left: BTreeMap<_, _> = tables.v4.entries()?.into_iter().collect();
     assert_eq!(left.into_keys().collect::<Vec<_>>(), {

@@ -103,7 +103,7 @@ mod tests {
     use lb_common::{
         V4,
         conntrack::tcp,
-        proto::{TCP, UDP},
+        proto::{SCTP, TCP, UDP},
     };
     use proptest::prelude::*;
 
@@ -163,6 +163,23 @@ mod tests {
     }
 
     #[test]
+    fn sctp_has_stages_too_and_a_shorter_life() {
+        // nf_conntrack_sctp_timeout_established: 210 s, where TCP has a day.
+        let both = (tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK);
+        let (f, r) = pair(900, 209, both);
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Keep);
+        let (f, r) = pair(211, 211, both);
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Expired);
+        assert_eq!(judge(&rules(), TCP, &f, Some(&r)), Judgement::Keep);
+        // SHUTDOWN.
+        let (f, r) = pair(121, 121, (both.0 | tcp::FIN, both.1));
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Expired);
+        // INIT without an answer.
+        let (f, r) = pair(61, 900, (tcp::SYN, 0));
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Expired);
+    }
+
+    #[test]
     fn either_entry_leads_to_the_same_judgement() {
         let (f, r) = pair(200, 121, (0, 0));
         assert_eq!(judge(&rules(), UDP, &r, Some(&f)), Judgement::Expired);
@@ -184,6 +201,7 @@ mod tests {
         assert_eq!((t.tcp_opening_s, t.udp_opening_s), (10, 10));
         assert_eq!(t.tcp_established_s, Timeouts::DEFAULT.tcp_established_s);
         assert_eq!(t.udp_established_s, Timeouts::DEFAULT.udp_established_s);
+        assert_eq!(t.sctp_established_s, Timeouts::DEFAULT.sctp_established_s);
     }
 
     proptest! {
@@ -191,7 +209,7 @@ mod tests {
         #[test]
         fn the_shortcut_agrees_with_the_judgement(
             now: u32, idle in 0u32..20_000_000, partner_idle in 0u32..20_000_000, seen: u8, partner_seen: u8,
-            proto in prop_oneof![Just(TCP), Just(UDP)],
+            proto in prop_oneof![Just(TCP), Just(UDP), Just(SCTP)],
         ) {
             let rules = Rules { now, ..rules() };
             let created = now.wrapping_sub(30_000_000);
