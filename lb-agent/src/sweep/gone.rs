@@ -203,9 +203,8 @@ where
 ///
 /// The whole value is written, while the data path may write its time and TCP flags; what is lost then is harmless:
 /// * a time: at most a second's worth, and the client's next packet stamps again;
-/// * a flag: FIN and RST decide when the flow expires and who may have its port. Either the client repeats its FIN until
-///   it is answered (by the reset), or it sent a RST and is gone itself: then the entry lasts for the timeout of an open
-///   connection, or until the client uses the port again, which ends it (the RST answer to its SYN makes it begin anew).
+/// * a flag: FIN and RST decide how long the entry stays and who may have its port, and so does the mark: a marked
+///   connection counts as closing, and gives way to the client's next SYN.
 /// * the entry itself, if it is deleted meanwhile: `replace` does not bring it back.
 ///
 /// What must not happen is that the value overwrites another flow which took the tuple over since it was read. A takeover

@@ -81,7 +81,12 @@ pub fn judge<A: Addr>(rules: &Rules, proto: u8, entry: &Flow<A>, partner: Option
         };
     };
     let (forward, reply) = if is_reply(entry) { (partner, entry) } else { (entry, partner) };
-    let stage = stage(proto, forward.tcp_seen, reply.tcp_seen, reply_answered(reply));
+    let stage = if forward.flags & flags::GONE != 0 {
+        // The client has its reset, or gets it with the next packet; and its retransmissions are less far apart than that.
+        Stage::Closing
+    } else {
+        stage(proto, forward.tcp_seen, reply.tcp_seen, reply_answered(reply))
+    };
     let last_seen = rules.younger(forward.last_seen, reply.last_seen);
     if is_expired(&rules.timeouts, proto, stage, last_seen, rules.now, rules.jiffies_per_s) {
         Judgement::Expired
@@ -180,6 +185,17 @@ mod tests {
     }
 
     #[test]
+    fn j2_connections_to_nobody_do_not_stay_for_a_day() {
+        let (f, r) = pair(121, 900, (tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK));
+        assert_eq!(judge(&rules(), TCP, &f, Some(&r)), Judgement::Keep);
+        let marked = Flow { flags: flags::GONE, ..f };
+        assert_eq!(judge(&rules(), TCP, &marked, Some(&r)), Judgement::Expired);
+        assert_eq!(judge(&rules(), TCP, &r, Some(&marked)), Judgement::Expired);
+        let asking = Flow { last_seen: NOW - 11_900, ..marked };
+        assert_eq!(judge(&rules(), TCP, &asking, Some(&r)), Judgement::Keep);
+    }
+
+    #[test]
     fn either_entry_leads_to_the_same_judgement() {
         let (f, r) = pair(200, 121, (0, 0));
         assert_eq!(judge(&rules(), UDP, &r, Some(&f)), Judgement::Expired);
@@ -209,11 +225,15 @@ mod tests {
         #[test]
         fn the_shortcut_agrees_with_the_judgement(
             now: u32, idle in 0u32..20_000_000, partner_idle in 0u32..20_000_000, seen: u8, partner_seen: u8,
+            gone: bool,
             proto in prop_oneof![Just(TCP), Just(UDP), Just(SCTP)],
         ) {
             let rules = Rules { now, ..rules() };
             let created = now.wrapping_sub(30_000_000);
-            let forward = Flow::<V4> { last_seen: now.wrapping_sub(idle), created, tcp_seen: seen, ..Flow::default() };
+            let forward = Flow::<V4> {
+                last_seen: now.wrapping_sub(idle), created, tcp_seen: seen,
+                flags: if gone { flags::GONE } else { 0 }, ..Flow::default()
+            };
             let reply = Flow {
                 last_seen: now.wrapping_sub(partner_idle), created, tcp_seen: partner_seen, flags: flags::REPLY,
                 ..Flow::default()

@@ -33,6 +33,22 @@ fn end_of(what: &str, session: &mut Session) -> String {
     last.map(|f| f.kind).unwrap_or_default()
 }
 
+/// Asks them all until their connections end, as they should for clients of a dead backend.
+fn expect_resets(sessions: &mut [(String, Session)]) {
+    let ends: Vec<_> = thread::scope(|scope| {
+        let asking: Vec<_> = sessions
+            .iter_mut()
+            .map(|(what, session)| scope.spawn(move || (what.clone(), end_of(what, session))))
+            .collect();
+        asking.into_iter().map(|a| a.join().unwrap()).collect()
+    });
+    for (what, end) in ends {
+        // Sockets of the node speak to the backend directly: the agent ends them, not a packet.
+        let expected = if what.starts_with("node") { "ConnectionAborted" } else { "ConnectionReset" };
+        assert_eq!(end, expected, "{what}");
+    }
+}
+
 #[test]
 fn j2_clients_of_backends_that_are_gone_for_good_get_a_reset() {
     let cluster = cluster(&[]).unwrap();
@@ -50,18 +66,7 @@ fn j2_clients_of_backends_that_are_gone_for_good_get_a_reset() {
     // Of this one nothing at all is left.
     there.endpoints.clear();
     cluster.manifests.remove("there").unwrap();
-    let ends: Vec<_> = thread::scope(|scope| {
-        let asking: Vec<_> = sessions
-            .iter_mut()
-            .map(|(what, session)| scope.spawn(move || (what.clone(), end_of(what, session))))
-            .collect();
-        asking.into_iter().map(|a| a.join().unwrap()).collect()
-    });
-    for (what, end) in ends {
-        // Sockets of the node speak to the backend directly: the agent ends them, not a packet.
-        let expected = if what.starts_with("node") { "ConnectionAborted" } else { "ConnectionReset" };
-        assert_eq!(end, expected, "{what}");
-    }
+    expect_resets(&mut sessions);
     let again = cluster.client.call(&Call::tcp(here.cluster_ip(Family::V4))).unwrap();
     assert_eq!(again.unwrap().by, "pod-1b");
 }
@@ -95,6 +100,19 @@ fn j2_the_mark_is_on_the_entries_of_those_clients_alone() {
         marked(cluster.node(1), &service) == 2
     })
     .unwrap();
+}
+
+#[test]
+fn j2_backends_that_went_while_the_agent_was_away_are_found_too() {
+    let mut cluster = cluster(&[]).unwrap();
+    let mut service = Service::on(&cluster, "unseen", 67, &["pod-1a"]);
+    cluster.serve(&service).unwrap();
+    let mut sessions = connect(&cluster, &service);
+    cluster.agent(1).kill().unwrap();
+    take_away(&cluster, "pod-1a");
+    lead_to(&cluster, &mut service, &["pod-1b"]);
+    cluster.start_agent(1).unwrap();
+    expect_resets(&mut sessions);
 }
 
 #[test]

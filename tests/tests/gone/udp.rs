@@ -183,6 +183,20 @@ fn i2_senders_leave_a_backend_that_died() {
 }
 
 #[test]
+fn i1_senders_move_although_the_agent_was_away_when_their_backend_went() {
+    let mut cluster = cluster(&[]).unwrap();
+    let mut service = Service::on(&cluster, "unseen", 80, &["pod-1a"]);
+    cluster.serve(&service).unwrap();
+    let mut clients = clients(&cluster, &service);
+    move_to(&mut clients, "pod-1a");
+    cluster.agent(1).kill().unwrap();
+    lead_to(&cluster, &mut service, &["pod-2a"]);
+    each(&mut clients, |c| c.stays_on("pod-1a"));
+    cluster.start_agent(1).unwrap();
+    move_to(&mut clients, "pod-2a");
+}
+
+#[test]
 fn i1_a_process_that_waits_for_an_answer_hears_that_there_will_be_none() {
     let cluster = cluster(&[]).unwrap();
     let mut service = Service::on(&cluster, "waiting", 77, &["pod-2a"]);
