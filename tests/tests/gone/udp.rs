@@ -61,25 +61,26 @@ fn i1_senders_move_when_their_backend_is_replaced() {
 #[test]
 fn i1_a_terminating_backend_keeps_its_senders_until_it_stops_serving() {
     let cluster = CLUSTER.lock();
-    let mut service = Service::on(&cluster, "drained", 71, &["pod-1a"]);
+    // Both on the other node: with one of this node's own, the Local set would change in the end.
+    let mut service = Service::on(&cluster, "drained", 71, &["pod-2a"]);
     cluster.serve(&service).unwrap();
     let mut clients = clients(&cluster, &service);
     // Unconnected sockets behind the hooks have no flow: each datagram goes to a ready one.
     clients.retain(|c| c.place.name != "node1" || c.call.proto == Proto::Udp);
-    move_to(&mut clients, "pod-1a");
-    service.endpoints.push(Endpoint::pod(cluster.pod("pod-2a")));
+    move_to(&mut clients, "pod-2a");
+    service.endpoints.push(Endpoint::pod(cluster.pod("pod-2b")));
     (service.endpoints[0].ready, service.endpoints[0].terminating) = (false, true);
     program(&cluster, &service);
     let new = Call::udp(service.cluster_ip(Family::V4));
     for from in [&cluster.client, &cluster.node(1).place] {
-        let is_new = |o: &Outcome| o.as_ref().is_ok_and(|a| a.by == "pod-2a");
+        let is_new = |o: &Outcome| o.as_ref().is_ok_and(|a| a.by == "pod-2b");
         cluster.wait_for_calls("new senders to go elsewhere", from, &new, is_new).unwrap();
     }
-    each(&mut clients, |c| c.stays_on("pod-1a"));
+    each(&mut clients, |c| c.stays_on("pod-2a"));
     // Nothing changes for new flows any more, so the maps stay as they are.
     service.endpoints.remove(0);
     program(&cluster, &service);
-    move_to(&mut clients, "pod-2a");
+    move_to(&mut clients, "pod-2b");
 }
 
 #[test]
