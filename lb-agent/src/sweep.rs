@@ -1,7 +1,7 @@
 //! What becomes of flows and sockets: those that are silent expire, those whose backend is gone find a new one.
 //!
 //! The tables never evict, and the programs delete only a connection that has ended and whose ports are wanted again, so
-//! everything else is freed here: [`judge`] holds the rules, [`Schedule`] says when to look, [`Sweeper`] walks the tables,
+//! everything else is freed here: [`judge()`] holds the rules, [`Schedule`] says when to look, [`Sweeper`] walks the tables,
 //! judges both entries of each flow together, deletes both. `retired`, `gone` and `sockets` are about backends that
 //! are no endpoints any more.
 
