@@ -46,6 +46,9 @@ fn i1_senders_move_when_their_backend_is_replaced() {
     let mut service = Service::on(&cluster, "replaced", 70, &["pod-1a"]);
     cluster.serve(&service).unwrap();
     let mut clients = clients(&cluster, &service);
+    // IPv4 through an IPv6 socket.
+    let mapped = SocketAddr::new(service.cluster_ips.v4.to_ipv6_mapped().into(), service.port);
+    clients.push(Client::open(&cluster.node(1).place, "ClusterIP", Proto::Udp, mapped, 20_999));
     move_to(&mut clients, "pod-1a");
     // The old ones live on: they would answer.
     for pod in ["pod-2a", "pod-2b", "pod-1a"] {
