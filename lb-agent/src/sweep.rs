@@ -26,6 +26,7 @@ use gone::Connections;
 pub use judge::{Judgement, Rules, judge};
 use lb_common::{
     Addr, V4, V6,
+    addr::ToIp,
     conntrack::{Flow, Timeouts, flags},
     tuple::Tuple,
     verdict::Counter,
@@ -37,6 +38,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, read_error},
+    metrics::kube_proxy::KubeProxy,
     plan::{
         Retired,
         op::{Family, Protocol},
@@ -102,6 +104,7 @@ pub struct Sweeper {
     reset_gone: bool,
     /// Locked by one blocking thread at a time, all of which [`Self::run`] waits for.
     watch: Mutex<Watch>,
+    metrics: Option<KubeProxy>,
 }
 
 impl Sweeper {
@@ -123,7 +126,14 @@ impl Sweeper {
             counters: Counters::open(&maps)?,
             timeouts,
             entries,
+            metrics: None,
         })
+    }
+
+    /// Has it count there what it purges.
+    #[must_use]
+    pub fn counting(self, metrics: KubeProxy) -> Self {
+        Self { metrics: Some(metrics), ..self }
     }
 
     /// One pass over both tables. Blocks.
@@ -155,11 +165,33 @@ impl Sweeper {
             })
         };
         let until = self.clock.jiffies()?;
-        let (serving4, serving6) =
-            (Serving::of(Family::V4, concerning(), until), Serving::of(Family::V6, concerning(), until));
-        let flows = purge(&self.flows.v4, &serving4, |key, flow| v4.watch(key, flow, until, now))?
-            + purge(&self.flows.v6, &serving6, |key, flow| v6.watch(key, flow, until, now))?;
+        let of = |family| Serving::of(family, concerning(), until);
+        let (serving4, serving6) = (of(Family::V4), of(Family::V6));
+        let flows = self.purge_table(&self.flows.v4, &serving4, |k, f| v4.watch(k, f, until, now))?
+            + self.purge_table(&self.flows.v6, &serving6, |k, f| v6.watch(k, f, until, now))?;
         Ok((flows, sockets?))
+    }
+
+    fn purge_table<A: Addr + ToIp>(
+        &self,
+        table: &FlowTable<A>,
+        serving: &Serving<'_>,
+        connection: impl FnMut(&Tuple<A>, &Flow<A>),
+    ) -> Result<u64, SweepError>
+    where
+        Tuple<A>: Pod,
+        Flow<A>: Pod,
+    {
+        if serving.is_empty() {
+            return Ok(0);
+        }
+        let begun = Instant::now();
+        let flows = purge(table, serving, connection)?;
+        if let Some(metrics) = self.metrics.as_ref().filter(|_| serving.has_udp()) {
+            let family = if A::IS_V6 { Family::V6 } else { Family::V4 };
+            metrics.purged(family, begun.elapsed(), flows);
+        }
+        Ok(flows)
     }
 
     /// Looks once at everything that is watched. Returns how many flows were marked and sockets destroyed. Blocks.

@@ -74,6 +74,7 @@ pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A) -> Result<A, C
     // SAFETY: each is read at once.
     let of_device = unsafe { maps::DEVICES.get(fib.ifindex) }.filter(|d| A::snat_addr(d).is_some());
     // Devices without an address of their own (unnumbered uplinks, those towards pods) lend the node's.
+    // SAFETY: as above.
     let device = of_device.or_else(|| unsafe { maps::DEVICES.get(device::ANY) });
     device.and_then(A::snat_addr).ok_or(Counter::DropNoSnatAddress)
 }

@@ -8,7 +8,7 @@ use lb_tests::{
     frame::{CLIENT_MAC, Extension, Fragment, Frame, IcmpError, L4, NODE_MAC, icmp_error},
     lab::{Action, Hook, Lab, Options, ip},
     packets::{
-        ACK, FIN_ACK, Net, ROUTER_MAC, RST, SYN, SYN_ACK, assert_frame, external, nets, one_backend, tcp, udp,
+        ACK, FIN_ACK, ROUTER_MAC, RST, SYN, SYN_ACK, assert_frame, external, nets, one_backend, tcp, udp,
     },
 };
 

@@ -48,8 +48,14 @@ impl<'r> Serving<'r> {
         Self { by_record, until }
     }
 
+    /// True if no record of the family is concerned.
     pub fn is_empty(&self) -> bool {
         self.by_record.is_empty()
+    }
+
+    /// True if flows may have to be deleted, not only watched.
+    pub fn has_udp(&self) -> bool {
+        self.by_record.keys().any(|(_, proto)| *proto == proto::UDP)
     }
 
     /// True for a client's entry of a flow whose backend is no endpoint of its record any more.
@@ -77,9 +83,6 @@ where
     Tuple<A>: Pod,
     Flow<A>: Pod,
 {
-    if serving.is_empty() {
-        return Ok(0);
-    }
     let mut purged = 0;
     let mut walk = table.walk();
     while let Some((keys, flows)) = walk.next_chunk().map_err(read_error::<A>)? {
