@@ -14,7 +14,7 @@ use lb_common::{
     V4, V6,
     affinity::MemberKey,
     backend::Backend as RawBackend,
-    cidr::ServiceCidr,
+    cidr::{self, ServiceCidr},
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord},
     maps::name,
 };
@@ -163,8 +163,8 @@ impl Maps {
             members: Table::open(dir, name::AFFINITY_MEMBERS, hash)?,
             ranges4: Table::open(dir, name::SOURCE_RANGES4, trie)?,
             ranges6: Table::open(dir, name::SOURCE_RANGES6, trie)?,
-            cidrs4: MmapArray::open(dir, name::SERVICE_CIDRS4)?,
-            cidrs6: MmapArray::open(dir, name::SERVICE_CIDRS6)?,
+            cidrs4: MmapArray::open_packed(dir, name::SERVICE_CIDRS4, cidr::CAPACITY)?,
+            cidrs6: MmapArray::open_packed(dir, name::SERVICE_CIDRS6, cidr::CAPACITY)?,
             names: Table::open(dir, name::SERVICE_NAMES, hash)?,
             stats: ServiceCounters::open(dir)?,
         })

@@ -2,7 +2,33 @@
 
 use crate::{Addr, V4, V6, map_type};
 
-/// Element of `SERVICE_CIDRS4` and `SERVICE_CIDRS6`. The agent writes `net` and `mask` of an element that is not active,
+/// The one element of `SERVICE_CIDRS4` and of `SERVICE_CIDRS6`: all ranges, for one lookup. Every packet of other traffic
+/// that opens something asks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceCidrs<A> {
+    pub ranges: [ServiceCidr<A>; CAPACITY as usize],
+}
+
+map_type!(ServiceCidrs<V4>, size = 16 * CAPACITY as usize);
+map_type!(ServiceCidrs<V6>, size = 40 * CAPACITY as usize);
+
+impl<A: Addr> ServiceCidrs<A> {
+    /// [`flags`] of the first range that the address is in; 0: none.
+    #[inline(always)]
+    pub fn flags_of(&self, addr: &A) -> u32 {
+        let mut i = 0;
+        while i < self.ranges.len() {
+            if self.ranges[i].contains(addr) {
+                return self.ranges[i].flags;
+            }
+            i += 1;
+        }
+        0
+    }
+}
+
+/// A range of ClusterIPs. The agent writes `net` and `mask` of an element that is not active,
 /// then its flags; an active one is only ever switched off.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,19 +52,23 @@ pub mod flags {
     pub const DROP_UNASSIGNED: u32 = 1 << 1;
 }
 
-/// Elements of each of the two arrays: as many ServiceCIDRs of a family can be told apart.
+/// As many ServiceCIDRs of a family can be told apart.
 pub const CAPACITY: u32 = 8;
 
 impl<A: Addr> ServiceCidr<A> {
     #[inline(always)]
     pub fn contains(&self, addr: &A) -> bool {
+        // First, because most are not.
+        if self.flags & flags::ACTIVE == 0 {
+            return false;
+        }
         let mut i = 0;
         let mut differs = 0;
         while i < A::WORDS {
             differs |= (addr.word(i) ^ self.net.word(i)) & self.mask.word(i);
             i += 1;
         }
-        self.flags & flags::ACTIVE != 0 && differs == 0
+        differs == 0
     }
 }
 

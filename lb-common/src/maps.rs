@@ -36,7 +36,7 @@ pub mod name {
     /// LRU_HASH, [`HeldKey`](crate::fragment::HeldKey) to [`HeldFrame`](crate::fragment::HeldFrame).
     pub const HELD4: &str = "HELD4";
     pub const HELD6: &str = "HELD6";
-    /// ARRAY (mmap) of [`ServiceCidr`](crate::cidr::ServiceCidr).
+    /// ARRAY (mmap) of one [`ServiceCidrs`](crate::cidr::ServiceCidrs).
     pub const SERVICE_CIDRS4: &str = "SERVICE_CIDRS4";
     pub const SERVICE_CIDRS6: &str = "SERVICE_CIDRS6";
     /// LPM_TRIE, [`SourceRange`](crate::source::SourceRange) to u32.

@@ -9,7 +9,7 @@ use lb_common::{
     V4, V6,
     affinity::{AffinityKey, AffinityValue, MemberKey},
     backend::Backend,
-    cidr::{self, ServiceCidr},
+    cidr::ServiceCidrs,
     conntrack::Flow,
     device::Device,
     fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey},
@@ -80,9 +80,9 @@ pub static HELD6: LruHashMap<HeldKey<V6>, HeldFrame, { capacity::HELD as usize }
 #[btf_map]
 pub static HELD_SCRATCH: PerCpuArray<HeldFrame, 1> = PerCpuArray::new();
 #[btf_map]
-pub static SERVICE_CIDRS4: Array<ServiceCidr<V4>, { cidr::CAPACITY as usize }, MMAP> = Array::new();
+pub static SERVICE_CIDRS4: Array<ServiceCidrs<V4>, 1, MMAP> = Array::new();
 #[btf_map]
-pub static SERVICE_CIDRS6: Array<ServiceCidr<V6>, { cidr::CAPACITY as usize }, MMAP> = Array::new();
+pub static SERVICE_CIDRS6: Array<ServiceCidrs<V6>, 1, MMAP> = Array::new();
 #[btf_map]
 pub static SOURCE_RANGES4: LpmTrie<SourceRange<V4>, u32, { capacity::SOURCE_RANGES as usize }> =
     LpmTrie::new();

@@ -5,7 +5,6 @@ use lb_common::{
     Addr, Be16, V4, V6,
     affinity::{AffinityKey, AffinityValue},
     backend::Backend,
-    cidr,
     conntrack::Flow,
     device::Device,
     fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey},
@@ -116,14 +115,7 @@ macro_rules! impl_net {
             }
             #[inline(always)]
             fn service_cidr(&self) -> u32 {
-                for i in 0..cidr::CAPACITY {
-                    if let Some(range) = maps::$cidrs.get(i)
-                        && range.contains(self)
-                    {
-                        return range.flags;
-                    }
-                }
-                0
+                maps::$cidrs.get(0).map_or(0, |ranges| ranges.flags_of(self))
             }
             #[inline(always)]
             fn is_admitted(&self, service: u32) -> bool {

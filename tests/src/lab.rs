@@ -20,7 +20,7 @@ use lb_common::{
     addr::v6,
     affinity::MemberKey,
     backend::{self, Backend},
-    cidr::ServiceCidr,
+    cidr::{ServiceCidr, ServiceCidrs},
     conntrack::{self, Flow},
     device::{self, Device},
     frontend::{FrontendKey, FrontendValue, ServiceRecord, ServiceStats, SlotRange},
@@ -244,19 +244,29 @@ impl Lab {
     }
 
     /// A range of ClusterIPs.
-    pub fn service_cidr(&mut self, index: u32, net: IpAddr, bits: u32, flags: u32) -> Result<()> {
+    pub fn service_cidr(&mut self, index: usize, net: IpAddr, bits: u32, flags: u32) -> Result<()> {
         match net {
             IpAddr::V4(net) => {
                 let mask = Be32::new(u32::MAX << (32 - bits));
                 let cidr = ServiceCidr::<V4> { net: net.into(), mask, flags, _pad: 0 };
-                Ok(self.array(name::SERVICE_CIDRS4).set(index, cidr, 0)?)
+                self.put_cidr(name::SERVICE_CIDRS4, index, cidr)
             }
             IpAddr::V6(net) => {
                 let mask = v6(Ipv6Addr::from(u128::MAX << (128 - bits)));
                 let cidr = ServiceCidr::<V6> { net: v6(net), mask, flags, _pad: 0 };
-                Ok(self.array(name::SERVICE_CIDRS6).set(index, cidr, 0)?)
+                self.put_cidr(name::SERVICE_CIDRS6, index, cidr)
             }
         }
+    }
+
+    fn put_cidr<A: Addr>(&mut self, map: &str, index: usize, cidr: ServiceCidr<A>) -> Result<()>
+    where
+        ServiceCidrs<A>: Pod,
+    {
+        let mut map = self.array::<ServiceCidrs<A>>(map);
+        let mut all = map.get(&0, 0)?;
+        all.ranges[index] = cidr;
+        Ok(map.set(0, all, 0)?)
     }
 
     /// A source range of a Service.

@@ -37,7 +37,14 @@ impl<T: Pod> MmapArray<T> {
 
     /// Maps the pin `dir/name` after checking that it is an array of `T`.
     pub fn open(dir: &Path, name: &'static str) -> Result<Self, MapError> {
-        let (data, len) = super::open_pin(dir, name, &[MapType::Array], size_of::<u32>(), size_of::<T>())?;
+        Self::open_packed(dir, name, 1)
+    }
+
+    /// The same for an array each of whose values is `per_value` of `T`, which has a multiple of 8 bytes.
+    pub fn open_packed(dir: &Path, name: &'static str, per_value: u32) -> Result<Self, MapError> {
+        let value_bytes = size_of::<T>() * per_value as usize;
+        let (data, values) = super::open_pin(dir, name, &[MapType::Array], size_of::<u32>(), value_bytes)?;
+        let len = values * per_value;
         Self::map(&data, len, name).map_err(|source| MapError::Mmap { path: dir.join(name), source })
     }
 
