@@ -4,6 +4,7 @@
 //! * [`cluster`] builds nodes, pods, a router and a client, in the shape that a CNI gives them;
 //! * [`agent`] runs `lb-agent` on a node;
 //! * [`traffic`] is what servers and clients do, each a process of its own (`netproc`) in its namespace and cgroup;
+//! * [`raw`] sends and shows what ordinary sockets do not: single packets, ICMP;
 //! * [`expect`] knows what each of them should have seen;
 //! * [`manifests`] are the objects that agents read;
 //! * [`janitor`] takes everything down again, whatever becomes of the process that made it.
@@ -17,6 +18,7 @@ pub mod lab;
 pub mod manifests;
 pub mod netns;
 pub mod place;
+pub mod raw;
 pub mod shared;
 pub mod traffic;
 
