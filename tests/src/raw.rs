@@ -14,7 +14,10 @@ use std::{
 use anyhow::{Context as _, ensure};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use crate::place::{Family, Place};
+use crate::{
+    netns::Netns,
+    place::{Family, Place},
+};
 
 /// A raw IP socket.
 pub struct Raw {
@@ -232,4 +235,40 @@ pub fn ping(from: &Place, to: IpAddr, limit: Duration) -> anyhow::Result<bool> {
         (ours && (sender.is_ipv6() || sum(payload) == 0xffff)).then_some(())
     })?;
     Ok(answered.is_some())
+}
+
+/// The hardware address of a device.
+pub fn mac(netns: &Netns, device: &str) -> anyhow::Result<[u8; 6]> {
+    let shown = netns.exec(&format!("ip -o link show dev {device}"))?;
+    let mut words = shown.split_whitespace().skip_while(|word| *word != "link/ether");
+    let text = words.nth(1).with_context(|| format!("{device} has no address: {shown}"))?;
+    let bytes: Vec<u8> =
+        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
+    bytes.try_into().map_err(|_| anyhow::anyhow!("{text} is no hardware address"))
+}
+
+/// Sends a whole frame by a device.
+pub fn send_frame(netns: &Netns, device: &str, frame: &[u8]) -> anyhow::Result<()> {
+    let name = std::ffi::CString::new(device)?;
+    netns.run(|| {
+        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+        // SAFETY: a valid C string; all zeros are a valid address, which is then filled in.
+        let (index, mut addr) =
+            unsafe { (libc::if_nametoindex(name.as_ptr()), std::mem::zeroed::<libc::sockaddr_ll>()) };
+        addr.sll_family = libc::AF_PACKET as u16;
+        addr.sll_ifindex = i32::try_from(index)?;
+        // SAFETY: an open socket, a slice with its length, and an address with its size.
+        let sent = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const addr).cast(),
+                size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+            )
+        };
+        ensure!(sent == frame.len() as isize, "{device}: {}", io::Error::last_os_error());
+        Ok(())
+    })?
 }

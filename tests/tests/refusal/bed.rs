@@ -25,8 +25,8 @@ pub const PROTOS: [Proto; 2] = [Proto::Tcp, Proto::Udp];
 
 /// A cluster with agents, Node objects and allowed external IPs.
 pub fn cluster(flags: &[&str]) -> anyhow::Result<Cluster> {
-    let options = Options::new(Layout::PointToPoint)
-        .flag("--allow-external-ips=192.0.2.0/24,2001:db8:192::/64");
+    let options =
+        Options::new(Layout::PointToPoint).flag("--allow-external-ips=192.0.2.0/24,2001:db8:192::/64");
     let mut cluster = Cluster::new(flags.iter().fold(options, |options, flag| options.flag(flag)))?;
     cluster.manifests.write("nodes", &nodes(cluster.nodes.iter().map(|n| &n.place)))?;
     cluster.start_agents()?;

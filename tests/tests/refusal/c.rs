@@ -137,7 +137,11 @@ fn c5_packets_of_established_connections_are_never_refused() {
         for (from, kind, to, session) in &mut sessions {
             for _ in 0..2 {
                 let answer = session.ask().unwrap();
-                assert!(answer.as_ref().is_ok_and(|a| a.by == "pod-1a"), "{} -> {kind} {to}: {answer:?}", from.name);
+                assert!(
+                    answer.as_ref().is_ok_and(|a| a.by == "pod-1a"),
+                    "{} -> {kind} {to}: {answer:?}",
+                    from.name
+                );
             }
         }
     }
@@ -198,7 +202,8 @@ fn c8_each_policy_has_a_counter_of_its_own() {
     let dropped = |from, kind, to| Line { from, kind, to, proto: Proto::Udp, want: Want::Dropped };
     check_soon(&[dropped(cluster.pod("pod-1b"), "ClusterIP", internal)]);
     // Packets and sockets; one datagram each, so the numbers are exact.
-    let cases = [("pod-1b", internal, 0), ("node1", internal, 0), ("client", internal, 0), ("client", external, 1)];
+    let cases =
+        [("pod-1b", internal, 0), ("node1", internal, 0), ("client", internal, 0), ("client", external, 1)];
     for (from, to, counter) in cases {
         let before = no_local_endpoints(&cluster);
         let place = cluster.places().find(|p| p.name == from).unwrap();
