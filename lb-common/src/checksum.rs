@@ -113,6 +113,27 @@ pub const fn offload_fixed_point(sum_without_field: Sum) -> u16 {
     folded as u16
 }
 
+/// Two words of a header that make its checksum right whether or not a device completes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// For a word that may have any value.
+    pub free_word: u16,
+    pub check: u16,
+}
+
+/// Seals a header that we build in a packet of a local stack, which may be marked for completion by a device: then the
+/// field must hold the sum of the pseudo-header, else the finished checksum.
+///
+/// With the field `c = pseudo` and the free word `w = -(data + 2 pseudo)` both hold: the finished sum
+/// `pseudo + data + w + c` is zero, and completion gives `-(data + w + c) = pseudo = c` again. `data` is the sum without
+/// the two words.
+#[inline(always)]
+pub const fn seal(data: Sum, pseudo: Sum) -> Sealed {
+    let check = pseudo.fold16();
+    let free_word = !Sum::new().add16(data.fold16()).add16(check).add16(check).fold16();
+    Sealed { free_word, check }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -158,6 +179,22 @@ mod tests {
             let c = offload_fixed_point(Sum::new().add16(!full(&data)));
             data[6..8].copy_from_slice(&c.to_ne_bytes());
             prop_assert!(same(full(&data), c), "offload stores {:04x}, field has {c:04x}", full(&data));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_sealed_header_is_right_both_ways(
+            data in proptest::collection::vec(any::<u8>(), 20..=20), pseudo in proptest::collection::vec(any::<u8>(), 12..=12),
+        ) {
+            let mut data = data;
+            // A free word at 14, the field at 16, as in TCP.
+            data[14..18].fill(0);
+            let sealed = seal(Sum::new().add16(!full(&data)), Sum::new().add16(!full(&pseudo)));
+            data[14..16].copy_from_slice(&sealed.free_word.to_ne_bytes());
+            data[16..18].copy_from_slice(&sealed.check.to_ne_bytes());
+            prop_assert!(same(full(&[&pseudo[..], &data[..]].concat()), 0), "finished");
+            prop_assert!(same(full(&data), sealed.check), "completed by a device");
         }
     }
 

@@ -7,24 +7,33 @@
 /// Castagnoli's polynomial, bit-reversed.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 
-/// x^(8 * 2^k) modulo the polynomial, bit-reversed, for k = 0..16.
-const POWERS: [u32; 16] = powers();
+/// `SHIFTS[k][i][n]`: the nibble `n` at place `i` of a CRC (lowest first), times x^(8 * 2^k): what 2^k zero bytes make of
+/// it. Tables, because the verifier walks every step of a loop over bits.
+type Shift = [[u32; 16]; 8];
+static SHIFTS: [Shift; 16] = shifts();
 
-const fn powers() -> [u32; 16] {
-    let mut powers = [0; 16];
+const fn shifts() -> [Shift; 16] {
+    let mut shifts = [[[0; 16]; 8]; 16];
     // x^8: bit 31 stands for x^0.
     let mut power = 1 << (31 - 8);
     let mut k = 0;
-    while k < powers.len() {
-        powers[k] = power;
+    while k < shifts.len() {
+        let mut at = 0;
+        while at < 8 {
+            let mut nibble = 0;
+            while nibble < 16 {
+                shifts[k][at][nibble] = multiply((nibble as u32) << (4 * at), power);
+                nibble += 1;
+            }
+            at += 1;
+        }
         power = multiply(power, power);
         k += 1;
     }
-    powers
+    shifts
 }
 
 /// Product of two polynomials modulo Castagnoli's, all bit-reversed.
-#[inline(always)]
 const fn multiply(mut a: u32, mut b: u32) -> u32 {
     let mut product = 0;
     let mut i = 0;
@@ -38,19 +47,31 @@ const fn multiply(mut a: u32, mut b: u32) -> u32 {
     product
 }
 
+/// The CRC after `shift`'s number of zero bytes.
+#[inline(always)]
+fn apply(shift: &Shift, crc: u32) -> u32 {
+    let mut shifted = 0;
+    let mut at = 0;
+    while at < 8 {
+        shifted ^= shift[at][(crc >> (4 * at) & 0xf) as usize];
+        at += 1;
+    }
+    shifted
+}
+
 /// The checksum field (as loaded, little-endian on the wire) after the first four bytes of an SCTP packet of `bytes` bytes
 /// changed from `old` to `new` (as loaded).
 #[inline(always)]
-pub const fn update(field: u32, old: u32, new: u32, bytes: u32) -> u32 {
+pub fn update(field: u32, old: u32, new: u32, bytes: u32) -> u32 {
     // The CRC register takes bytes in the order of the packet, least significant bit first. Behind the four bytes of the
     // difference are `bytes - 4` zeros; the register itself stands for 32 bits more.
     let difference = u32::from_le(old ^ new);
-    let mut crc = multiply(difference, POWERS[2]);
+    let mut crc = apply(&SHIFTS[2], difference);
     let zeros = bytes.wrapping_sub(4);
     let mut k = 0;
     while k < 16 {
         if zeros >> k & 1 != 0 {
-            crc = multiply(crc, POWERS[k]);
+            crc = apply(&SHIFTS[k], crc);
         }
         k += 1;
     }

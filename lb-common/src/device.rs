@@ -18,6 +18,9 @@ pub struct Device {
 
 map_type!(Device, size = 32);
 
+/// Key of the entry for devices without an address of their own: has the node's. No device has this index.
+pub const ANY: u32 = 0;
+
 /// Bits of [`Device::flags`].
 pub mod flags {
     /// Packets that come in by this device come from outside the node.

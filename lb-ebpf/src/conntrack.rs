@@ -51,7 +51,9 @@ pub fn make_way<A: Net>(key: &Tuple<A>, flow: *mut Flow<A>) -> bool {
         Some(other) => unsafe { (*other).tcp_seen },
         None => 0,
     };
-    let over = if this.flags & flags::REPLY != 0 {
+    let over = if this.flags & flags::GONE != 0 {
+        true
+    } else if this.flags & flags::REPLY != 0 {
         has_ended(other_seen, this.tcp_seen)
     } else {
         // The client says so itself: it does not open a connection on a port that it still uses.

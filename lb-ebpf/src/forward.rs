@@ -3,7 +3,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
-use lb_common::verdict::Counter;
+use lb_common::{device, verdict::Counter};
 
 use crate::{
     maps,
@@ -62,7 +62,7 @@ pub fn route<A: Net>(ctx: *mut c_void, p: &Packet<A>, src: &A, dst: &A, ip_bytes
     unsafe { bpf_fib_lookup(ctx, (fib as *mut Fib).cast(), size_of::<Fib>() as i32, 0) as i64 }
 }
 
-/// The address of this node that a packet to `dst` leaves under: that of the device the route names.
+/// The address of this node that a packet to `dst` leaves under: that of the device the route names, or the node's own.
 #[inline(always)]
 pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A) -> Result<A, Counter> {
     let Some(Scratch { fib, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
@@ -71,7 +71,10 @@ pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A) -> Result<A, C
     if !matches!(code, result::SUCCESS | result::NO_NEIGH | result::FRAG_NEEDED) {
         return Err(Counter::DropNoRoute);
     }
-    // SAFETY: read at once.
-    let device = unsafe { maps::DEVICES.get(fib.ifindex) };
+    // SAFETY: each is read at once.
+    let of_device = unsafe { maps::DEVICES.get(fib.ifindex) }.filter(|d| A::snat_addr(d).is_some());
+    // Devices without an address of their own (unnumbered uplinks, those towards pods) lend the node's.
+    // SAFETY: as above.
+    let device = of_device.or_else(|| unsafe { maps::DEVICES.get(device::ANY) });
     device.and_then(A::snat_addr).ok_or(Counter::DropNoSnatAddress)
 }

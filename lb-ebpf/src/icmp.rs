@@ -87,6 +87,15 @@ pub trait Build: Net {
         quoted: Sum,
         quoted_bytes: u32,
     ) -> Result<(), Failed>;
+    /// Writes an IP header without options or extensions for a packet of our own with `payload_bytes` of `proto`.
+    fn store_plain_header(
+        skb: Skb,
+        l3: u32,
+        src: &Self,
+        dst: &Self,
+        proto: u8,
+        payload_bytes: u16,
+    ) -> Result<(), Failed>;
     /// The tuple that an error quotes, and where its parts are.
     fn quoted(skb: Skb, at: u32, out: &mut Quoted<Self>) -> bool;
     /// Writes the quoted addresses, which adds `change` to a sum over them; returns what the whole quoted header adds to
@@ -107,9 +116,6 @@ struct Error6 {
     ip: Ipv6Header,
     icmp: IcmpHeader,
 }
-
-/// TTL and hop limit of our own packets (RFC 1700).
-const TTL: u8 = 64;
 
 impl Build for V4 {
     const ROOM_BYTES: u32 = 28;
@@ -139,29 +145,20 @@ impl Build for V4 {
         let (kind, code, rest) = Self::header(error);
         let mut icmp = IcmpHeader { kind, code, check: 0, rest };
         icmp.check = quoted.plus(icmp.sum()).checksum();
-        let total = Be16::new((Self::ROOM_BYTES + quoted_bytes) as u16);
-        let mut ip = Ipv4Header {
-            version_ihl: 0x45,
-            // Internetwork control (RFC 1812 section 4.3.2.5).
-            tos: 0xc0,
-            total_bytes: total,
-            id: 0,
-            fragment: Be16::new(0x4000),
-            ttl: TTL,
-            proto: proto::ICMP,
-            check: 0,
-            src: *src,
-            dst: *dst,
-        };
-        ip.check = Sum::new()
-            .add16(u16::from_ne_bytes([ip.version_ihl, ip.tos]))
-            .add16(total.raw())
-            .add16(ip.fragment.raw())
-            .add16(u16::from_ne_bytes([ip.ttl, ip.proto]))
-            .add32(src.raw())
-            .add32(dst.raw())
-            .checksum();
+        let ip = Ipv4Header::own(src, dst, proto::ICMP, ICMP_BYTES as u16 + quoted_bytes as u16);
         skb.store(l3, &Error4 { ip, icmp })
+    }
+
+    #[inline(always)]
+    fn store_plain_header(
+        skb: Skb,
+        l3: u32,
+        src: &Self,
+        dst: &Self,
+        proto: u8,
+        payload_bytes: u16,
+    ) -> Result<(), Failed> {
+        skb.store(l3, &Ipv4Header::own(src, dst, proto, payload_bytes))
     }
 
     #[inline(always)]
@@ -219,15 +216,20 @@ impl Build for V6 {
         }
         let mut icmp = IcmpHeader { kind, code, check: 0, rest };
         icmp.check = sum.plus(icmp.sum()).checksum();
-        let ip = Ipv6Header {
-            version_class_flow: 0x6000_0000u32.to_be(),
-            payload_bytes: payload,
-            next: proto::ICMPV6,
-            hop_limit: TTL,
-            src: *src,
-            dst: *dst,
-        };
+        let ip = Ipv6Header::own(src, dst, proto::ICMPV6, payload.get());
         skb.store(l3, &Error6 { ip, icmp })
+    }
+
+    #[inline(always)]
+    fn store_plain_header(
+        skb: Skb,
+        l3: u32,
+        src: &Self,
+        dst: &Self,
+        proto: u8,
+        payload_bytes: u16,
+    ) -> Result<(), Failed> {
+        skb.store(l3, &Ipv6Header::own(src, dst, proto, payload_bytes))
     }
 
     #[inline(always)]
@@ -250,7 +252,7 @@ impl Build for V6 {
 /// Completes `out`, whose addresses are filled.
 #[inline(always)]
 fn quoted_ports<A: Net>(skb: Skb, proto: u8, l3: u32, l4: u32, out: &mut Quoted<A>) -> bool {
-    if proto != proto::TCP && proto != proto::UDP {
+    if !matches!(proto, proto::TCP | proto::UDP | proto::SCTP) {
         return false;
     }
     let Some(start) = skb.load::<PortsStart>(l4) else { return false };
@@ -364,7 +366,7 @@ fn store_quoted_udp_check<A: Family>(
 
 /// Turns the packet into an ICMP error about itself and sends it back.
 ///
-/// Quoted are the IP header and the first 20 bytes of TCP or 8 of UDP, more than RFC 792 asks for.
+/// Quoted are the IP header and the first 20 bytes of TCP or 8 of others, at least what RFC 792 asks for.
 #[inline(never)]
 pub fn answer<A: Family>(skb: Skb, p: &Packet<A>, error: Error) -> i32 {
     tc::action(on_answer(skb, p, error))
@@ -397,7 +399,7 @@ pub struct Budget {
 }
 
 #[inline(always)]
-fn within_budget(now: u32) -> bool {
+pub fn within_budget(now: u32) -> bool {
     let Some(budget) = maps::ICMP_BUDGET.get_ptr_mut(0) else { return false };
     // SAFETY: this CPU's own element.
     let budget = unsafe { &mut *budget };
@@ -442,6 +444,11 @@ fn build<A: Family>(skb: Skb, p: &Packet<A>, error: Error) -> Result<(), Failed>
 #[inline(always)]
 fn seal_transport<A: Family>(skb: Skb, p: &Packet<A>) -> Result<(Sum, u32), Failed> {
     let mut sum = Sum::new();
+    if p.tuple.proto != proto::TCP && p.tuple.proto != proto::UDP {
+        // SCTP and echo requests: no checksum among the first 8 bytes, or one that no device completes.
+        let words = skb.load::<[u32; 2]>(p.l4).ok_or(Failed)?;
+        return Ok((sum.add32(words[0]).add32(words[1]), 8));
+    }
     if p.tuple.proto == proto::TCP {
         let words = skb.load::<[u32; 5]>(p.l4).ok_or(Failed)?;
         sum = sum.add32(words[0]).add32(words[1]).add32(words[2]).add32(words[3]);

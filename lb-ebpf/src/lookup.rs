@@ -5,9 +5,9 @@ use core::ffi::c_void;
 use lb_common::{
     conntrack::{Flow, flags, tcp},
     device,
-    frontend::FrontendValue,
+    frontend::{self, FrontendValue},
     nat::is_hairpin,
-    select::{self, Origin},
+    select::{self, Origin, Unlisted},
     verdict::Counter,
 };
 
@@ -17,6 +17,13 @@ use crate::{
     service::{self, Refusal},
     trace::{self, Printed},
 };
+
+/// Who asks.
+#[derive(Clone, Copy)]
+pub enum Hook {
+    Xdp,
+    Classifier,
+}
 
 /// What the tables say about a packet.
 pub enum Found<A> {
@@ -33,9 +40,9 @@ pub enum Found<A> {
 ///
 /// A SYN goes to the frontend first: most are new, and those of other traffic end at one miss.
 #[inline(always)]
-pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
+pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>, hook: Hook) -> Found<A> {
     if p.is_syn() {
-        return syn(ctx, p);
+        return syn(ctx, p, hook);
     }
     if let Some(flow) = A::flow(&p.tuple) {
         // SAFETY: a map value, valid for the program's run.
@@ -49,21 +56,55 @@ pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
         // What ends a connection that nobody knows opens none: strays would fill the table.
         Some(_) if p.is_end() => opened(stray(p)),
         Some(frontend) => opened(open(ctx, p, bytemuck::cast(frontend))),
-        None => Found::Nothing,
+        None => no_frontend(p, hook),
     }
 }
 
 #[inline(always)]
-fn syn<A: Printed>(ctx: *mut c_void, p: &Packet<A>) -> Found<A> {
-    let Some(frontend) = A::frontend(&p.frontend_key()) else { return Found::Nothing };
+fn syn<A: Printed>(ctx: *mut c_void, p: &Packet<A>, hook: Hook) -> Found<A> {
+    let Some(frontend) = A::frontend(&p.frontend_key()) else { return no_frontend(p, hook) };
     if let Some(flow) = A::flow(&p.tuple)
         && !conntrack::make_way(&p.tuple, flow)
     {
+        // SAFETY: a map value, valid for the program's run.
+        if unsafe { (*flow).flags } & flags::REPLY != 0 {
+            // A backend connects from the port that it serves at to a frontend whose port lies among our source ports,
+            // and a connection to it left under just that port: one of the two has to wait.
+            return opened(Opened::Refused(Refusal::Drop(Counter::DropSnatExhausted)));
+        }
         // A retransmission, or a SYN on a live connection (the backend answers it as RFC 9293 asks).
         conntrack::refresh(flow, p.tcp_flags, p.now);
         return Found::Flow(flow);
     }
     opened(open(ctx, p, bytemuck::cast(frontend)))
+}
+
+/// A packet that is not of a flow and has no frontend: mostly other traffic. Rule C7 is the classifier's to enforce, which
+/// sees all that XDP passes.
+#[inline(always)]
+fn no_frontend<A: Printed>(p: &Packet<A>, hook: Hook) -> Found<A> {
+    match hook {
+        Hook::Xdp => Found::Nothing,
+        Hook::Classifier => opened(unlisted(p)),
+    }
+}
+
+/// Looks whether the packet is for an address in a range of ClusterIPs. Not inlined, for the verifier's sake.
+#[inline(never)]
+fn unlisted<A: Net>(p: &Packet<A>) -> Opened {
+    let range = p.tuple.dst.service_cidr();
+    if range == 0 {
+        return Opened::Refused(Refusal::NotOurs);
+    }
+    let refusal = match select::unlisted(A::frontend(&p.address_key()), range) {
+        Unlisted::Pass => Refusal::NotOurs,
+        _ if origin(p).is_none() => Refusal::NotOurs,
+        // Whoever ends something here began it elsewhere, and needs no answer.
+        Unlisted::Reject if p.is_end() => Refusal::Drop(Counter::DropNoFlow),
+        Unlisted::Reject => Refusal::RejectUnlisted,
+        Unlisted::Drop => Refusal::Drop(Counter::DropUnassignedAddress),
+    };
+    Opened::Refused(refusal)
 }
 
 /// Finds the flow of a packet that leaves, if this is where its answers are translated.
@@ -126,12 +167,19 @@ fn open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: u64) -> Opened {
 #[inline(always)]
 fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) -> Result<(), Refusal> {
     let origin = origin(p).ok_or(Refusal::NotOurs)?;
+    if frontend.flags & frontend::flags::LOOPBACK != 0 {
+        return Err(Refusal::NotOurs);
+    }
+    // Rules E1, E2: whoever asks, and before it is known whether anybody serves.
+    if frontend.flags & frontend::flags::SOURCE_RANGES != 0 && !is_admitted(p, frontend.service) {
+        return Err(Refusal::Drop(Counter::DropSourceRange));
+    }
     let hash = select::hash_tuple(&p.tuple, globals::hash_seed());
     let picked = service::pick::<A>(frontend, origin, p.tuple.src, hash, p.now)?;
     let (src, kind) = if origin == Origin::Internal && is_hairpin(&p.tuple, &picked.backend.addr) {
         // The pod would drop a packet from itself; the frontend's address brings the answer back here.
         (p.tuple.dst, flags::HAIRPIN)
-    } else if origin == Origin::External && !picked.backend.is_local() {
+    } else if origin == Origin::External && !picked.backend.is_local() || masquerades(frontend) {
         (forward::snat_addr(ctx, p, picked.backend.addr).map_err(Refusal::Drop)?, flags::TRANSIT)
     } else {
         (p.tuple.src, 0)
@@ -156,10 +204,23 @@ fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) ->
     Ok(())
 }
 
+/// True if the Service's source ranges admit the client. Not inlined, for the verifier's sake.
+#[inline(never)]
+fn is_admitted<A: Net>(p: &Packet<A>, service: u32) -> bool {
+    p.tuple.src.is_admitted(service)
+}
+
+/// True if every client of this frontend gets an address of this node (rule D2).
+#[inline(always)]
+fn masquerades(frontend: FrontendValue) -> bool {
+    use frontend::flags::{KIND_CLUSTER_IP, KIND_MASK};
+    globals::masquerade_all() && frontend.flags & KIND_MASK == KIND_CLUSTER_IP
+}
+
 /// Where the packet comes from (rule D1: by the device, not by the address). `None` for a frame that is addressed to
 /// somebody else: on a switch that floods, every node sees every client's packets, and one must translate them.
 #[inline(always)]
-fn origin<A: Net>(p: &Packet<A>) -> Option<Origin> {
+pub fn origin<A: Net>(p: &Packet<A>) -> Option<Origin> {
     // SAFETY: read at once.
     let device = unsafe { maps::DEVICES.get(p.ifindex) };
     match device {

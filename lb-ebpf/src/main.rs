@@ -3,7 +3,9 @@
 #![no_main]
 
 mod conntrack;
+mod echo;
 mod forward;
+mod fragments;
 mod globals;
 mod icmp;
 mod lookup;
@@ -11,6 +13,7 @@ mod maps;
 mod metrics;
 mod net;
 mod parse;
+mod reset;
 mod rewrite;
 mod service;
 mod skb;
@@ -47,25 +50,25 @@ pub fn lb_xdp(ctx: XdpContext) -> u32 {
 /// connect() of IPv4 sockets.
 #[cgroup_sock_addr(connect4)]
 pub fn lb_connect4(ctx: SockAddrContext) -> i32 {
-    sock::send4(&ctx)
+    sock::send4(&ctx, sock::What::Connect)
 }
 
 /// connect() of IPv6 sockets.
 #[cgroup_sock_addr(connect6)]
 pub fn lb_connect6(ctx: SockAddrContext) -> i32 {
-    sock::send6(&ctx)
+    sock::send6(&ctx, sock::What::Connect)
 }
 
 /// sendmsg() of unconnected IPv4 UDP sockets.
 #[cgroup_sock_addr(sendmsg4)]
 pub fn lb_sendmsg4(ctx: SockAddrContext) -> i32 {
-    sock::send4(&ctx)
+    sock::send4(&ctx, sock::What::Send)
 }
 
 /// sendmsg() of unconnected IPv6 UDP sockets.
 #[cgroup_sock_addr(sendmsg6)]
 pub fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
-    sock::send6(&ctx)
+    sock::send6(&ctx, sock::What::Send)
 }
 
 /// recvmsg() of IPv4 UDP sockets.

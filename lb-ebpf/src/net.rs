@@ -1,13 +1,16 @@
 //! What differs between IPv4 and IPv6: the maps, and the shape of the header. All other code is generic over [`Net`].
 
+use aya_ebpf::btf_maps::lpm_trie::Key;
 use lb_common::{
     Addr, Be16, V4, V6,
     affinity::{AffinityKey, AffinityValue},
     backend::Backend,
+    cidr,
     conntrack::Flow,
     device::Device,
-    fragment::{FragmentKey, FragmentPorts},
+    fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey},
     frontend::{FrontendKey, FrontendValue},
+    source::SourceRange,
     tuple::Tuple,
 };
 
@@ -34,6 +37,13 @@ pub trait Net: Addr {
     fn put_affinity(key: &AffinityKey<Self>, value: &AffinityValue);
     fn fragment(key: &FragmentKey<Self>) -> Option<FragmentPorts>;
     fn put_fragment(key: &FragmentKey<Self>, ports: &FragmentPorts);
+    fn held(key: &HeldKey<Self>) -> Option<*const HeldFrame>;
+    fn put_held(key: &HeldKey<Self>, frame: &HeldFrame, mode: u64) -> Result<(), i32>;
+    fn remove_held(key: &HeldKey<Self>);
+    /// Flags of the range of ClusterIPs that an address is in; 0: none.
+    fn service_cidr(&self) -> u32;
+    /// True if the Service's source ranges admit this client.
+    fn is_admitted(&self, service: u32) -> bool;
     /// This CPU's scratch memory. Valid for one step: callees use it too.
     fn scratch() -> Option<&'static mut Scratch<Self>>;
     /// An address that one host has: something can be sent to it.
@@ -44,7 +54,7 @@ pub trait Net: Addr {
 
 macro_rules! impl_net {
     ($t:ty, $header:literal, $af:literal, $frontends:ident, $backends:ident, $flows:ident, $affinity:ident,
-     $fragments:ident, $scratch:ident, $snat:ident, $none:expr, $unicast:ident) => {
+     $fragments:ident, $held:ident, $cidrs:ident, $ranges:ident, $scratch:ident, $snat:ident, $none:expr, $unicast:ident) => {
         impl Net for $t {
             const HEADER_BYTES: u32 = $header;
             const AF: u8 = $af;
@@ -92,6 +102,36 @@ macro_rules! impl_net {
                 let _ = maps::$fragments.insert(key, ports, ANY);
             }
             #[inline(always)]
+            fn held(key: &HeldKey<Self>) -> Option<*const HeldFrame> {
+                maps::$held.get_ptr(key)
+            }
+            #[inline(always)]
+            fn put_held(key: &HeldKey<Self>, frame: &HeldFrame, mode: u64) -> Result<(), i32> {
+                maps::$held.insert(key, frame, mode)
+            }
+            #[inline(always)]
+            fn remove_held(key: &HeldKey<Self>) {
+                // It may have been evicted.
+                let _ = maps::$held.remove(key);
+            }
+            #[inline(always)]
+            fn service_cidr(&self) -> u32 {
+                for i in 0..cidr::CAPACITY {
+                    if let Some(range) = maps::$cidrs.get(i)
+                        && range.contains(self)
+                    {
+                        return range.flags;
+                    }
+                }
+                0
+            }
+            #[inline(always)]
+            fn is_admitted(&self, service: u32) -> bool {
+                let source = SourceRange { service, addr: *self };
+                let key = Key::new(SourceRange::<Self>::LOOKUP_BITS, source);
+                maps::$ranges.get(&key).is_some()
+            }
+            #[inline(always)]
             fn scratch() -> Option<&'static mut Scratch<Self>> {
                 // SAFETY: per CPU, and programs of one CPU do not interrupt each other: tc and XDP run with bottom
                 // halves off. Each user below has it to itself while it runs.
@@ -118,6 +158,9 @@ impl_net!(
     FLOWS4,
     AFFINITY4,
     FRAGMENTS4,
+    HELD4,
+    SERVICE_CIDRS4,
+    SOURCE_RANGES4,
     SCRATCH4,
     snat4,
     V4::default(),
@@ -132,6 +175,9 @@ impl_net!(
     FLOWS6,
     AFFINITY6,
     FRAGMENTS6,
+    HELD6,
+    SERVICE_CIDRS6,
+    SOURCE_RANGES6,
     SCRATCH6,
     snat6,
     V6::default(),
@@ -196,9 +242,9 @@ pub struct Packet<A> {
     pub ttl: u8,
     /// IPv4: type of service; IPv6: traffic class.
     pub tos: u8,
-    /// The flags byte of the TCP header, 0 for others.
+    /// The flags byte of the TCP header; for SCTP what its first chunk stands for; 0 for others.
     pub tcp_flags: u8,
-    /// Length of the TCP header in bytes, 8 for others.
+    /// Length of the TCP header in bytes, 12 for SCTP, 8 for others.
     pub l4_bytes: u8,
     /// IPv4 header checksum as in the packet.
     pub ip_check: u16,
@@ -241,6 +287,18 @@ impl<A: Net> Packet<A> {
     pub const fn is_syn(&self) -> bool {
         use lb_common::conntrack::tcp;
         self.tcp_flags & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST) == tcp::SYN
+    }
+
+    /// The entry about the destination as a whole.
+    #[inline(always)]
+    pub const fn address_key(&self) -> FrontendKey<A> {
+        FrontendKey::address(self.tuple.dst)
+    }
+
+    /// A first fragment.
+    #[inline(always)]
+    pub const fn is_first_fragment(&self) -> bool {
+        self.is_fragment && !self.is_later_fragment
     }
 
     #[inline(always)]

@@ -5,10 +5,13 @@
 //! a routing header with segments left has another destination) is not touched.
 
 use bytemuck::{Pod, Zeroable};
-use lb_common::{Be16, V4, V6, proto, tuple::Tuple, verdict::Counter};
+use lb_common::{
+    Be16, V4, V6, checksum::Sum, conntrack::sctp_flags, fragment::is_together, proto, tuple::Tuple,
+    verdict::Counter,
+};
 
 use crate::{
-    metrics,
+    globals, metrics,
     net::{Net, Packet, Ports},
     skb::Skb,
 };
@@ -40,7 +43,37 @@ pub struct Ipv4Header {
     pub dst: V4,
 }
 
+/// TTL and hop limit of our own packets (RFC 1700).
+pub const TTL: u8 = 64;
+
 impl Ipv4Header {
+    /// The header of a packet of our own, never fragmented, with `payload_bytes` of `proto`.
+    #[inline(always)]
+    pub fn own(src: &V4, dst: &V4, proto: u8, payload_bytes: u16) -> Self {
+        let mut ip = Self {
+            version_ihl: 0x45,
+            // Internetwork control (RFC 1812 section 4.3.2.5).
+            tos: 0xc0,
+            total_bytes: Be16::new(V4::HEADER_BYTES as u16 + payload_bytes),
+            id: 0,
+            fragment: Be16::new(0x4000),
+            ttl: TTL,
+            proto,
+            check: 0,
+            src: *src,
+            dst: *dst,
+        };
+        ip.check = Sum::new()
+            .add16(u16::from_ne_bytes([ip.version_ihl, ip.tos]))
+            .add16(ip.total_bytes.raw())
+            .add16(ip.fragment.raw())
+            .add16(u16::from_ne_bytes([ip.ttl, ip.proto]))
+            .add32(src.raw())
+            .add32(dst.raw())
+            .checksum();
+        ip
+    }
+
     /// Header length in bytes; 0 if the field is out of range.
     #[inline(always)]
     pub const fn header_bytes(&self) -> u32 {
@@ -69,6 +102,21 @@ pub struct Ipv6Header {
     pub dst: V6,
 }
 
+impl Ipv6Header {
+    /// The header of a packet of our own with `payload_bytes` of `proto`.
+    #[inline(always)]
+    pub const fn own(src: &V6, dst: &V6, proto: u8, payload_bytes: u16) -> Self {
+        Self {
+            version_class_flow: 0x6000_0000u32.to_be(),
+            payload_bytes: Be16::new(payload_bytes),
+            next: proto,
+            hop_limit: TTL,
+            src: *src,
+            dst: *dst,
+        }
+    }
+}
+
 /// An [`Ipv6Header`] up to its addresses.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -82,17 +130,33 @@ struct Ipv6Start {
 /// A TCP header without options (RFC 9293 section 3.1).
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct TcpHeader {
+pub struct TcpHeader {
+    pub sport: Be16,
+    pub dport: Be16,
+    pub seq: u32,
+    pub ack: u32,
+    pub offset: u8,
+    pub flags: u8,
+    pub window: u16,
+    pub check: u16,
+    pub urgent: u16,
+}
+
+/// An SCTP header and the first chunk's (RFC 9260 section 3): every packet has one.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SctpStart {
     sport: Be16,
     dport: Be16,
-    seq: u32,
-    ack: u32,
-    offset: u8,
-    flags: u8,
-    window: u16,
-    check: u16,
-    urgent: u16,
+    tag: u32,
+    check: u32,
+    first_chunk: u8,
+    chunk_flags: u8,
+    chunk_bytes: Be16,
 }
+
+/// Length of an SCTP header without chunks.
+pub const SCTP_BYTES: u8 = 12;
 
 /// The start of UDP and SCTP headers.
 #[repr(C)]
@@ -109,6 +173,10 @@ pub enum Parsed {
     Packet,
     /// `packet` is filled up to the addresses: an ICMP error, which quotes another packet.
     IcmpError,
+    /// `packet` is filled up to the addresses: an echo request.
+    Echo,
+    /// `packet` is filled up to the addresses: a fragment whose ports are not known yet.
+    UnknownFragment,
     /// Neither.
     Other,
 }
@@ -154,7 +222,7 @@ impl Parse for V4 {
         if ip.proto == proto::ICMP {
             // Not redirects (type 5): about a translated packet they name a backend as the next hop, and a client that
             // learned that for the Service's address would no longer reach its other backends.
-            return icmp(skb, p, |t| matches!(t, 3 | 4 | 11 | 12));
+            return icmp(skb, p, 8, |t| matches!(t, 3 | 4 | 11 | 12));
         }
         transport(skb, p)
     }
@@ -202,7 +270,7 @@ impl Parse for V6 {
         }
         if p.tuple.proto == proto::ICMPV6 {
             // RFC 4443 section 2.1: error messages have the high bit clear.
-            return icmp(skb, p, |t| (1..128).contains(&t));
+            return icmp(skb, p, 128, |t| (1..128).contains(&t));
         }
         transport(skb, p)
     }
@@ -247,32 +315,34 @@ fn ip_bytes(skb: Skb, l3: u32, told: u32) -> u32 {
 }
 
 #[inline(always)]
-fn icmp<A: Net>(skb: Skb, p: &Packet<A>, is_error: impl Fn(u8) -> bool) -> Parsed {
+fn icmp<A: Net>(skb: Skb, p: &Packet<A>, echo: u8, is_error: impl Fn(u8) -> bool) -> Parsed {
     if p.is_fragment {
         return Parsed::Other;
     }
     match skb.load::<u8>(p.l4) {
         Some(kind) if is_error(kind) => Parsed::IcmpError,
+        Some(kind) if kind == echo => Parsed::Echo,
         _ => Parsed::Other,
     }
 }
 
-/// Fills the ports. A later fragment has them from its first one, which the data path notes when it translates it.
+/// Fills the ports. A later fragment has them from its first one, which `fragments` has noted.
 #[inline(always)]
 fn transport<A: Net>(skb: Skb, p: &mut Packet<A>) -> Parsed {
     p.tcp_flags = 0;
     p.l4_bytes = 8;
     if p.is_later_fragment {
-        if p.tuple.proto != proto::UDP && p.tuple.proto != proto::TCP {
+        if !matches!(p.tuple.proto, proto::UDP | proto::TCP | proto::SCTP) {
             return Parsed::Other;
         }
-        let Some(ports) = A::fragment(&p.fragment_key()) else {
-            metrics::count(Counter::PassFragmentUnknown);
-            return Parsed::Other;
+        return match A::fragment(&p.fragment_key()) {
+            Some(ports) if is_together(ports.seen, p.now, globals::jiffies_per_s()) => {
+                p.tuple.sport = ports.sport;
+                p.tuple.dport = ports.dport;
+                Parsed::Packet
+            }
+            _ => Parsed::UnknownFragment,
         };
-        p.tuple.sport = ports.sport;
-        p.tuple.dport = ports.dport;
-        return Parsed::Packet;
     }
     match p.tuple.proto {
         proto::TCP => {
@@ -290,6 +360,16 @@ fn transport<A: Net>(skb: Skb, p: &mut Packet<A>) -> Parsed {
             p.tuple.sport = udp.sport;
             p.tuple.dport = udp.dport;
             if !holds::<A, PortsStart>(p) {
+                return Parsed::Other;
+            }
+        }
+        proto::SCTP => {
+            let Some(sctp) = skb.load::<SctpStart>(p.l4) else { return Parsed::Other };
+            p.tuple.sport = sctp.sport;
+            p.tuple.dport = sctp.dport;
+            p.tcp_flags = sctp_flags(sctp.first_chunk);
+            p.l4_bytes = SCTP_BYTES;
+            if !holds::<A, SctpStart>(p) {
                 return Parsed::Other;
             }
         }

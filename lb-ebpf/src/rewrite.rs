@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 use lb_common::{
     V4, V6,
     checksum::{self, Sum},
-    proto,
+    crc32c, proto,
     tuple::Tuple,
 };
 
@@ -79,7 +79,9 @@ impl Header for V6 {
 pub fn rewrite<A: Header>(skb: Skb, p: &Packet<A>, new: &Tuple<A>, ttl: u8) -> Result<(), Failed> {
     let old = &p.tuple;
     let addresses = Sum::new().replace_addr(&old.src, &new.src).replace_addr(&old.dst, &new.dst);
-    if !p.is_later_fragment {
+    if old.proto == proto::SCTP {
+        rewrite_sctp(skb, p, new)?;
+    } else if !p.is_later_fragment {
         let is_udp = old.proto == proto::UDP;
         let check = p.l4 + if is_udp { UDP_CHECK } else { TCP_CHECK };
         skb.csum_addresses(check, addresses, is_udp, A::IS_V6)?;
@@ -90,4 +92,31 @@ pub fn rewrite<A: Header>(skb: Skb, p: &Packet<A>, new: &Tuple<A>, ttl: u8) -> R
         }
     }
     A::store_header(skb, p, new, ttl, addresses)
+}
+
+/// Offset of the checksum in an SCTP header.
+const SCTP_CHECK: u32 = 8;
+
+/// The checksum of SCTP (RFC 9260 section 6.8) covers the whole packet but no addresses. Where it is left to the device
+/// (CHECKSUM_PARTIAL) the field means nothing yet, and this does no harm.
+#[inline(always)]
+fn rewrite_sctp<A: Net>(skb: Skb, p: &Packet<A>, new: &Tuple<A>) -> Result<(), Failed> {
+    let old = &p.tuple;
+    if p.is_later_fragment || old.sport == new.sport && old.dport == new.dport {
+        return Ok(());
+    }
+    if p.is_fragment {
+        // How long the whole packet is, only its last fragment tells. SCTP itself avoids fragments (RFC 9260 section 6.9).
+        return Err(Failed);
+    }
+    let [old, new] = [parse::ports(old), parse::ports(new)].map(bytemuck::cast::<_, u32>);
+    store_sctp(skb, p.l4, p.ip_bytes - (p.l4 - p.l3), old, new)
+}
+
+/// Not inlined, for the stack's sake and that of all other packets.
+#[inline(never)]
+fn store_sctp(skb: Skb, l4: u32, bytes: u32, old: u32, new: u32) -> Result<(), Failed> {
+    let check = skb.load::<u32>(l4 + SCTP_CHECK).ok_or(Failed)?;
+    skb.store(l4 + SCTP_CHECK, &crc32c::update(check, old, new, bytes))?;
+    skb.store(l4, &new)
 }

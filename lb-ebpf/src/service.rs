@@ -17,11 +17,13 @@ pub struct Picked<A> {
     pub backend: Backend<A>,
 }
 
-/// Why a new flow gets no backend.
+/// Why a new flow gets no backend. One payload only: so it fits a register, as what functions of the object return must.
 #[derive(Clone, Copy)]
 pub enum Refusal {
-    /// Tell the client.
+    /// Nobody serves: tell the client.
     Reject,
+    /// The address has no such port: tell the client.
+    RejectUnlisted,
     /// Say nothing.
     Drop(Counter),
     /// Addressed to another host: leave it alone.
@@ -34,6 +36,7 @@ impl Refusal {
     pub const fn counter(self) -> Counter {
         match self {
             Self::Reject => Counter::RejectNoEndpoints,
+            Self::RejectUnlisted => Counter::RejectUnlistedPort,
             Self::Drop(counter) => counter,
             // Never counted: the packet passes.
             Self::NotOurs => Counter::DropBadMap,

@@ -12,8 +12,9 @@ use aya_ebpf::{
 };
 use lb_common::{
     Be16, Be32, V4, V6, addr,
-    frontend::FrontendKey,
-    select::{self, Origin},
+    frontend::{FrontendKey, flags},
+    proto,
+    select::{self, Origin, Unlisted},
     socket::{SocketKey, SocketOrigin},
     verdict::Counter,
 };
@@ -58,6 +59,12 @@ impl Call {
     fn cookie(self) -> u64 {
         // SAFETY: the context of the running program.
         unsafe { bpf_get_socket_cookie(self.0.cast()) }
+    }
+
+    /// True for processes of the node itself.
+    #[inline(always)]
+    fn is_host(self) -> bool {
+        self.netns() == globals::host_netns()
     }
 
     /// True if this process's sockets are to be served.
@@ -174,6 +181,13 @@ impl Mapped for V6 {
     }
 }
 
+/// What a process does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum What {
+    Connect,
+    Send,
+}
+
 /// What becomes of a call.
 enum Outcome {
     /// The address is no frontend.
@@ -185,12 +199,12 @@ enum Outcome {
 
 /// connect and sendmsg of IPv4 sockets.
 #[inline(always)]
-pub fn send4(ctx: &SockAddrContext) -> i32 {
+pub fn send4(ctx: &SockAddrContext, what: What) -> i32 {
     let call = Call::new(ctx);
     if !call.is_served() {
         return ALLOW;
     }
-    let outcome = choose::<V4>(call, &call.peer4());
+    let outcome = choose::<V4>(call, &call.peer4(), what);
     if let Outcome::To(backend) = &outcome {
         call.set4(backend);
     }
@@ -199,16 +213,16 @@ pub fn send4(ctx: &SockAddrContext) -> i32 {
 
 /// connect and sendmsg of IPv6 sockets.
 #[inline(always)]
-pub fn send6(ctx: &SockAddrContext) -> i32 {
+pub fn send6(ctx: &SockAddrContext, what: What) -> i32 {
     let call = Call::new(ctx);
     if !call.is_served() {
         return ALLOW;
     }
     let peer = call.peer6();
     let outcome = if addr::unmap_v4(&peer.addr).is_some() {
-        choose::<V4>(call, &peer)
+        choose::<V4>(call, &peer, what)
     } else {
-        choose::<V6>(call, &peer)
+        choose::<V6>(call, &peer, what)
     };
     if let Outcome::To(backend) = &outcome {
         call.set6(backend);
@@ -248,6 +262,10 @@ fn answer(outcome: Outcome) -> i32 {
             metrics::count(Counter::SocketRejectNoEndpoints);
             ECONNREFUSED
         }
+        Outcome::Refused(Refusal::RejectUnlisted) => {
+            metrics::count(Counter::RejectUnlistedPort);
+            ECONNREFUSED
+        }
         Outcome::Refused(refusal) => {
             metrics::count(refusal.counter());
             ETIMEDOUT
@@ -261,9 +279,24 @@ fn answer(outcome: Outcome) -> i32 {
 /// Picks a backend. One socket gets the same one for the same frontend as long as the set does not change, so that
 /// datagrams of a conversation stay together.
 #[inline(always)]
-fn choose<A: Mapped>(call: Call, peer: &Peer) -> Outcome {
-    let frontend_key = FrontendKey::new(A::from_mapped(&peer.addr), peer.port, call.proto());
-    let Some(frontend) = A::frontend(&frontend_key) else { return Outcome::Untouched };
+fn choose<A: Mapped>(call: Call, peer: &Peer, what: What) -> Outcome {
+    let addr = A::from_mapped(&peer.addr);
+    let Some(frontend) = A::frontend(&FrontendKey::new(addr, peer.port, call.proto())) else {
+        return no_frontend(call, addr, what);
+    };
+    // A pod's loopback is its own.
+    if frontend.flags & flags::LOOPBACK != 0 && !call.is_host() {
+        return Outcome::Untouched;
+    }
+    if frontend.flags & flags::SOURCE_RANGES != 0 {
+        if !call.is_host() {
+            // Which address the socket will have, only its packets tell: the classifier decides.
+            return Outcome::Untouched;
+        }
+        if frontend.flags & flags::NODE_IN_RANGES == 0 {
+            return Outcome::Refused(Refusal::Drop(Counter::DropSourceRange));
+        }
+    }
     let cookie = call.cookie();
     let hash = select::finalize(select::mix(
         select::mix(select::mix(globals::hash_seed(), cookie as u32), (cookie >> 32) as u32),
@@ -280,6 +313,22 @@ fn choose<A: Mapped>(call: Call, peer: &Peer) -> Outcome {
         metrics::count_connection(frontend.service);
     }
     Outcome::To(backend)
+}
+
+/// Rule C7 for a process: what its first packet would get.
+#[inline(always)]
+fn no_frontend<A: Mapped>(call: Call, addr: A, what: What) -> Outcome {
+    let range = addr.service_cidr();
+    // getaddrinfo() connects UDP sockets to any port just to see which address it would speak from (RFC 6724): no packet is
+    // sent, so nothing is refused.
+    if range == 0 || what == What::Connect && call.proto() == proto::UDP {
+        return Outcome::Untouched;
+    }
+    match select::unlisted(A::frontend(&FrontendKey::address(addr)), range) {
+        Unlisted::Pass => Outcome::Untouched,
+        Unlisted::Reject => Outcome::Refused(Refusal::RejectUnlisted),
+        Unlisted::Drop => Outcome::Refused(Refusal::Drop(Counter::DropUnassignedAddress)),
+    }
 }
 
 /// True if this is news: a conversation of datagrams finds its entry there already.

@@ -5,18 +5,18 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use lb_common::{
     V4, V6,
     conntrack::{Flow, flags},
-    fragment::FragmentPorts,
     verdict::Counter,
 };
 
 use crate::{
-    conntrack,
+    conntrack, echo,
     forward::{self, Fib},
-    icmp,
-    lookup::{self, Found},
+    fragments, icmp,
+    lookup::{self, Found, Hook},
     metrics,
     net::{Packet, Scratch},
     parse::{ETHERNET_BYTES, Parse, Parsed, ethertype, network_header},
+    reset,
     rewrite::{Header, rewrite},
     service::Refusal,
     skb::Skb,
@@ -89,18 +89,29 @@ pub fn action(outcome: Outcome) -> i32 {
 fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
     let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
     match parse(skb, l3, p) {
+        Parsed::Packet if p.is_first_fragment() => {
+            if !fragments::on_first(skb, p) {
+                return Err(Counter::DropRewriteFailed);
+            }
+        }
         Parsed::Packet => {}
         Parsed::IcmpError => return Ok(icmp::translate(skb, p, 0)),
+        Parsed::Echo => return Ok(echo::on_request(skb, p)),
+        Parsed::UnknownFragment => match fragments::hold(skb, p) {
+            // The first one came meanwhile, and its ports are in `p`.
+            fragments::KNOWN => {}
+            code => return Ok(code),
+        },
         Parsed::Other => return Ok(NEXT),
     }
-    match lookup::ingress(skb.ctx(), p) {
+    match lookup::ingress(skb.ctx(), p, Hook::Classifier) {
         Found::Nothing => Ok(NEXT),
         // SAFETY: see `Found::Flow`.
         Found::Flow(flow) => send_on(skb, p, unsafe { &*flow }),
         Found::Refused(Refusal::Drop(reason)) => Err(reason),
         Found::Refused(Refusal::NotOurs) => Ok(NEXT),
-        Found::Refused(Refusal::Reject) => {
-            metrics::count(Counter::RejectNoEndpoints);
+        Found::Refused(refusal @ (Refusal::Reject | Refusal::RejectUnlisted)) => {
+            metrics::count(refusal.counter());
             Ok(icmp::answer(skb, p, icmp::Error::PORT_UNREACHABLE))
         }
     }
@@ -112,11 +123,21 @@ fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
     match parse(skb, l3, p) {
         Parsed::Packet => {}
         Parsed::IcmpError => return Ok(icmp::translate(skb, p, flags::AT_EGRESS)),
-        Parsed::Other => return Ok(NEXT),
+        Parsed::Echo | Parsed::Other => return Ok(NEXT),
+        Parsed::UnknownFragment => {
+            // Stacks send their own fragments in order, and so does whoever forwards what it has put together.
+            metrics::count(Counter::PassFragmentUnknown);
+            return Ok(NEXT);
+        }
     }
     match lookup::egress(p) {
-        // SAFETY: see `Found::Flow`.
-        Some(flow) => translate(skb, p, unsafe { &*flow }, p.ttl),
+        Some(flow) => {
+            if p.is_first_fragment() {
+                fragments::note(p);
+            }
+            // SAFETY: see `Found::Flow`.
+            translate(skb, p, unsafe { &*flow }, p.ttl)
+        }
         None => Ok(NEXT),
     }
 }
@@ -132,6 +153,9 @@ fn parse<A: Family>(skb: Skb, l3: u32, p: &mut Packet<A>) -> Parsed {
 /// Translates a packet that came in and sends it where its flow goes.
 #[inline(always)]
 fn send_on<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
+    if flow.flags & flags::GONE != 0 && reset::applies(p) {
+        return Ok(reset::answer(skb, p));
+    }
     if flow.flags & flags::TRANSIT != 0 {
         return match (transit(skb, p, flow), A::scratch()) {
             (ANSWER, Some(Scratch { error, .. })) => Ok(icmp::answer(skb, p, *error)),
@@ -146,12 +170,6 @@ fn send_on<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
 fn translate<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, ttl: u8) -> Outcome {
     let new = flow.rewritten(p.tuple.proto);
     rewrite(skb, p, &new, ttl).map_err(|_| Counter::DropRewriteFailed)?;
-    if p.is_fragment && !p.is_later_fragment {
-        A::put_fragment(
-            &p.fragment_key(),
-            &FragmentPorts { sport: p.tuple.sport, dport: p.tuple.dport, seen: p.now },
-        );
-    }
     metrics::count_service(flow.service, skb.packets(), p.ip_bytes, false);
     Ok(NEXT)
 }

@@ -18,7 +18,7 @@ use lb_common::{
 
 use crate::{
     conntrack, forward,
-    lookup::{self, Found},
+    lookup::{self, Found, Hook},
     maps, metrics,
     net::{Addressee, Net, Packet, Scratch},
     parse::{ETHERNET_BYTES, Ipv4Header, ethertype},
@@ -181,7 +181,7 @@ fn on_frame<A: Wire>(frame: Frame, ifindex: u32) -> u32 {
         return xdp_action::XDP_PASS;
     }
     p.now = conntrack::now();
-    match lookup::ingress(frame.ctx, p) {
+    match lookup::ingress(frame.ctx, p, Hook::Xdp) {
         // SAFETY: see `Found::Flow`.
         Found::Flow(flow) => send_on(frame, p, unsafe { &*flow }).unwrap_or(xdp_action::XDP_PASS),
         Found::Nothing => xdp_action::XDP_PASS,
@@ -219,7 +219,7 @@ fn parse<A: Wire>(frame: Frame, p: &mut Packet<A>) -> bool {
 
 #[inline(always)]
 fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> {
-    if flow.flags & flags::HAIRPIN != 0 {
+    if flow.flags & (flags::HAIRPIN | flags::GONE) != 0 {
         return Some(left_to_tc());
     }
     if flow.flags & flags::TRANSIT == 0 {

@@ -21,6 +21,9 @@ pub enum L4 {
     /// UDP over IPv4 without a checksum.
     UdpNoChecksum,
     Echo,
+    EchoReply,
+    /// SCTP whose first chunk has this type (RFC 9260 section 3.2).
+    Sctp(u8),
 }
 
 /// IPv6 extension headers in front of the payload.
@@ -140,14 +143,23 @@ impl Frame {
                 bytes.extend_from_slice(&self.payload);
                 (IpNumber::UDP, bytes)
             }
-            (L4::Echo, IpAddr::V4(_), _) => {
-                let echo = Icmpv4Type::EchoRequest(IcmpEchoHeader { id: 1, seq: 1 });
+            (L4::Sctp(chunk), ..) => (IpNumber::SCTP, self.sctp(*chunk)),
+            (L4::Echo | L4::EchoReply, IpAddr::V4(_), _) => {
+                let header = IcmpEchoHeader { id: 1, seq: 1 };
+                let echo = match self.l4 {
+                    L4::EchoReply => Icmpv4Type::EchoReply(header),
+                    _ => Icmpv4Type::EchoRequest(header),
+                };
                 etherparse::Icmpv4Header::with_checksum(echo, &self.payload).write(&mut bytes).unwrap();
                 bytes.extend_from_slice(&self.payload);
                 (IpNumber::ICMP, bytes)
             }
-            (L4::Echo, IpAddr::V6(s), IpAddr::V6(d)) => {
-                let echo = Icmpv6Type::EchoRequest(IcmpEchoHeader { id: 1, seq: 1 });
+            (L4::Echo | L4::EchoReply, IpAddr::V6(s), IpAddr::V6(d)) => {
+                let header = IcmpEchoHeader { id: 1, seq: 1 };
+                let echo = match self.l4 {
+                    L4::EchoReply => Icmpv6Type::EchoReply(header),
+                    _ => Icmpv6Type::EchoRequest(header),
+                };
                 etherparse::Icmpv6Header::with_checksum(echo, s.octets(), d.octets(), &self.payload)
                     .unwrap()
                     .write(&mut bytes)
@@ -157,6 +169,22 @@ impl Frame {
             }
             _ => panic!("both ends have one family"),
         }
+    }
+
+    /// RFC 9260 section 3: a header and one chunk, padded to four bytes.
+    fn sctp(&self, chunk: u8) -> Vec<u8> {
+        let mut bytes = [self.sport.to_be_bytes(), self.dport.to_be_bytes()].concat();
+        bytes.extend_from_slice(&0x1234_5678_u32.to_be_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        let chunk_bytes = u16::try_from(4 + self.payload.len()).unwrap();
+        bytes.extend_from_slice(&[chunk, 0]);
+        bytes.extend_from_slice(&chunk_bytes.to_be_bytes());
+        bytes.extend_from_slice(&self.payload);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        // Section 6.8 and appendix A: over everything with the field at 0, stored with the low byte first.
+        let check = crc32c(&bytes);
+        bytes[8..12].copy_from_slice(&check.to_le_bytes());
+        bytes
     }
 
     /// The packet from the IP header on.
@@ -245,6 +273,18 @@ impl Frame {
     pub fn bytes(&self) -> Vec<u8> {
         ethernet(self.src_mac, self.dst_mac, self.vlan, self.src.is_ipv6(), &self.ip_bytes())
     }
+}
+
+/// CRC32c, bit by bit (RFC 3720 appendix B.4 has the polynomial and test vectors).
+pub fn crc32c(data: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for byte in data {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = if crc & 1 != 0 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+        }
+    }
+    !crc
 }
 
 fn ethernet(src: [u8; 6], dst: [u8; 6], vlan: Option<u16>, is_v6: bool, ip: &[u8]) -> Vec<u8> {

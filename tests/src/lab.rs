@@ -9,18 +9,23 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, MapData, PerCpuArray},
+    maps::{
+        Array, HashMap, MapData, PerCpuArray,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{SchedClassifier, TestRun, TestRunOptions, Xdp},
 };
 use lb_common::{
-    Be16, Be32, V4, V6,
+    Addr, Be16, Be32, V4, V6,
     addr::v6,
     affinity::MemberKey,
     backend::{self, Backend},
-    conntrack::Flow,
+    cidr::ServiceCidr,
+    conntrack::{self, Flow},
     device::{self, Device},
     frontend::{FrontendKey, FrontendValue, ServiceRecord, ServiceStats, SlotRange},
     maps::{global, name, program},
+    source::{self, SourceRange},
     tuple::Tuple,
     verdict::Counter,
 };
@@ -67,11 +72,13 @@ pub struct Lab {
 pub struct Options {
     pub snat_ports: (u16, u16),
     pub flow_entries: u32,
+    pub answer_ping: bool,
+    pub masquerade_all: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { snat_ports: (10_240, 29_999), flow_entries: 4096 }
+        Self { snat_ports: (10_240, 29_999), flow_entries: 4096, answer_ping: false, masquerade_all: false }
     }
 }
 
@@ -86,11 +93,14 @@ impl Lab {
         let code = unsafe { libc::unshare(libc::CLONE_NEWNET) };
         ensure!(code == 0, "unshare(CLONE_NEWNET): {} (needs root)", std::io::Error::last_os_error());
         ip("link set lo up")?;
+        let (answer_ping, masquerade_all) = (u8::from(options.answer_ping), u8::from(options.masquerade_all));
         let mut loader = EbpfLoader::new();
         loader
             .override_global(global::LOG_LEVEL, &0u8, true)
             .override_global(global::SNAT_PORT_FIRST, &options.snat_ports.0, true)
             .override_global(global::SNAT_PORT_LAST, &options.snat_ports.1, true)
+            .override_global(global::ANSWER_PING, &answer_ping, true)
+            .override_global(global::MASQUERADE_ALL, &masquerade_all, true)
             .map_max_entries(name::FLOWS4, options.flow_entries)
             .map_max_entries(name::FLOWS6, options.flow_entries);
         for (map, entries) in [
@@ -108,6 +118,8 @@ impl Lab {
             (name::SOCKETS, 256),
             (name::FRAGMENTS4, 256),
             (name::FRAGMENTS6, 256),
+            (name::HELD4, 64),
+            (name::HELD6, 64),
         ] {
             loader.map_max_entries(map, entries);
         }
@@ -224,6 +236,62 @@ impl Lab {
             )?,
         }
         Ok(())
+    }
+
+    /// The entry about an address as a whole; `flags` has its kind.
+    pub fn address(&mut self, addr: IpAddr, flags: u32) -> Result<()> {
+        self.frontend((addr, 0), 0, 0, flags)
+    }
+
+    /// A range of ClusterIPs.
+    pub fn service_cidr(&mut self, index: u32, net: IpAddr, bits: u32, flags: u32) -> Result<()> {
+        match net {
+            IpAddr::V4(net) => {
+                let mask = Be32::new(u32::MAX << (32 - bits));
+                let cidr = ServiceCidr::<V4> { net: net.into(), mask, flags, _pad: 0 };
+                Ok(self.array(name::SERVICE_CIDRS4).set(index, cidr, 0)?)
+            }
+            IpAddr::V6(net) => {
+                let mask = v6(Ipv6Addr::from(u128::MAX << (128 - bits)));
+                let cidr = ServiceCidr::<V6> { net: v6(net), mask, flags, _pad: 0 };
+                Ok(self.array(name::SERVICE_CIDRS6).set(index, cidr, 0)?)
+            }
+        }
+    }
+
+    /// A source range of a Service.
+    pub fn source_range(&mut self, service: u32, net: IpAddr, bits: u32) -> Result<()> {
+        fn admit<A: Addr>(lab: &mut Lab, map: &str, service: u32, addr: A, bits: u32) -> Result<()>
+        where
+            SourceRange<A>: Pod,
+        {
+            let map = lab.ebpf.map_mut(map).context("no such map")?;
+            let mut trie = LpmTrie::<_, SourceRange<A>, u32>::try_from(map)?;
+            let key = Key::new(SourceRange::<A>::prefix_bits(bits), SourceRange { service, addr });
+            Ok(trie.insert(&key, source::ADMITTED, 0)?)
+        }
+        match net {
+            IpAddr::V4(a) => admit(self, name::SOURCE_RANGES4, service, V4::from(a), bits),
+            IpAddr::V6(a) => admit(self, name::SOURCE_RANGES6, service, v6(a), bits),
+        }
+    }
+
+    /// Sets flags on every client's entry of the flow tables.
+    pub fn flag_flows(&mut self, flags: u16) -> Result<()> {
+        fn flag<A: Addr>(lab: &mut Lab, map: &str, flags: u16) -> Result<()>
+        where
+            Tuple<A>: Pod,
+            Flow<A>: Pod,
+        {
+            let mut map = lab.hash::<Tuple<A>, Flow<A>>(map);
+            let entries: Vec<_> = map.iter().collect::<Result<_, _>>()?;
+            for (key, flow) in entries.into_iter().filter(|(_, f)| f.flags & conntrack::flags::REPLY == 0) {
+                map.insert(key, Flow { flags: flow.flags | flags, ..flow }, 0)?;
+            }
+            Ok(())
+        }
+        flag::<V4>(self, name::FLOWS4, flags)?;
+        flag::<V6>(self, name::FLOWS6, flags)
     }
 
     pub fn member(&mut self, service: u32, backend: u32, bits: u32) -> Result<()> {

@@ -17,6 +17,7 @@ pub mod janitor;
 pub mod lab;
 pub mod manifests;
 pub mod netns;
+pub mod packets;
 pub mod place;
 pub mod raw;
 pub mod shared;

@@ -26,6 +26,7 @@ use std::{
 };
 
 use lb_common::{
+    V4, V6,
     addr::v6,
     device::{Device, flags},
 };
@@ -173,6 +174,19 @@ pub fn entry(link: &LinkFacts, role: Role) -> Device {
         device.snat6 = v6(ip);
     }
     device
+}
+
+/// What devices without an address of their own leave under: the addresses of the devices with a default route, or else of
+/// any external one.
+pub fn node_entry<'a>(external: impl IntoIterator<Item = &'a LinkFacts>, context: &Context) -> Device {
+    let mut by_preference: Vec<_> = external.into_iter().filter(|link| link.up).collect();
+    by_preference.sort_by_key(|link| (!context.default_route.contains(&link.ifindex), link.ifindex));
+    let entries: Vec<_> = by_preference.into_iter().map(|link| entry(link, Role::External)).collect();
+    Device {
+        snat4: entries.iter().map(|e| e.snat4).find(|a| *a != V4::default()).unwrap_or_default(),
+        snat6: entries.iter().map(|e| e.snat6).find(|a| *a != V6::default()).unwrap_or_default(),
+        ..Default::default()
+    }
 }
 
 /// Addresses under which the node can be reached: of global scope, on devices that are up.

@@ -139,3 +139,27 @@ fn automatic_xdp_is_for_wires_only() {
     let bond = LinkFacts { kind: "bond".into(), ..nic };
     assert_eq!(wanted_xdp(&bond, Role::External, XdpSetting::Native), Xdp::None);
 }
+
+#[test]
+fn the_node_lends_the_addresses_of_its_default_route() {
+    let with = |ifindex, ips: &[(&str, u8)]| LinkFacts {
+        ifindex,
+        addresses: ips.iter().map(|(ip, prefix)| address(ip, *prefix)).collect(),
+        ..device("eth", "")
+    };
+    let links =
+        [with(3, &[("198.51.100.1", 24)]), with(9, &[("192.0.2.1", 24)]), with(10, &[("2001:db8::1", 64)])];
+    let context = Context { default_route: [9].into(), ..Default::default() };
+    let node = node_entry(&links, &context);
+    assert_eq!(std::net::Ipv4Addr::from(node.snat4).to_string(), "192.0.2.1");
+    assert_eq!(
+        node.snat6,
+        v6("2001:db8::1".parse().expect("an address")),
+        "any device's, if the first has none"
+    );
+    let down = LinkFacts { up: false, ..links[1].clone() };
+    assert_eq!(
+        std::net::Ipv4Addr::from(node_entry([&links[0], &down], &context).snat4).to_string(),
+        "198.51.100.1"
+    );
+}

@@ -13,7 +13,10 @@ use std::{
     time::Duration,
 };
 
-use lb_common::maps::name;
+use lb_common::{
+    device::{self, Device},
+    maps::name,
+};
 use tokio::{
     sync::watch::Sender,
     time::{MissedTickBehavior, interval, sleep},
@@ -49,7 +52,8 @@ pub async fn follow(
     resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
     resync.tick().await;
     let (unhandled, routes) = Default::default();
-    let mut follower = Follower { datapath, sink, addresses, handle, unhandled, routes, settled: false };
+    let mut follower =
+        Follower { datapath, sink, addresses, handle, unhandled, routes, settled: false, node: None };
     let (mut change, mut verify) = (Change::ALL, true);
     loop {
         if let Err(error) = follower.round(change, verify).await {
@@ -79,6 +83,8 @@ struct Follower {
     routes: BTreeSet<u32>,
     /// The first round is done.
     settled: bool,
+    /// As last written to `DEVICES`.
+    node: Option<Device>,
 }
 
 impl Follower {
@@ -91,6 +97,7 @@ impl Follower {
         let context = devices::Context { default_route: self.routes.clone(), ..watch::kinds(&links) };
         let roles = roles(&self.datapath, &links, &context);
         report_unhandled(&links, &mut self.unhandled);
+        self.put_node(&links, &roles, &context);
         self.datapath.apply(&links, &roles, verify, self.sink.as_ref());
         let first = !std::mem::replace(&mut self.settled, true);
         if first {
@@ -104,6 +111,22 @@ impl Follower {
             tell
         });
         Ok(())
+    }
+}
+
+impl Follower {
+    /// Keeps the entry for devices without an address of their own.
+    fn put_node(&mut self, links: &Links, roles: &BTreeMap<u32, Role>, context: &devices::Context) {
+        let external = links.values().filter(|link| roles.get(&link.ifindex) == Some(&Role::External));
+        let entry = devices::node_entry(external, context);
+        if self.node == Some(entry) {
+            return;
+        }
+        match self.sink.put_device(device::ANY, entry) {
+            Ok(()) => self.node = Some(entry),
+            // The next round tries again.
+            Err(error) => warn!(error, "the node's own addresses cannot be written to DEVICES"),
+        }
     }
 }
 
@@ -284,10 +307,8 @@ fn is_gone(error: &Error) -> bool {
 /// Keys of `DEVICES`.
 fn device_entries(pin: &Path) -> Vec<u32> {
     let Ok(map) = aya::maps::MapData::from_pin(pin) else { return Vec::new() };
-    let Ok(map) =
-        aya::maps::HashMap::<_, u32, lb_common::device::Device>::try_from(aya::maps::Map::HashMap(map))
-    else {
+    let Ok(map) = aya::maps::HashMap::<_, u32, Device>::try_from(aya::maps::Map::HashMap(map)) else {
         return Vec::new();
     };
-    map.keys().filter_map(Result::ok).collect()
+    map.keys().filter_map(Result::ok).filter(|ifindex| *ifindex != device::ANY).collect()
 }

@@ -1,0 +1,179 @@
+//! Fragments at ingress: only the first one of a datagram has ports.
+//!
+//! A first fragment notes its ports in `FRAGMENTS*`, where the later ones find them. A later one that comes before the
+//! first cannot wait where it is: its frame goes to `HELD*`, and comes back out of the first one's packet, which takes
+//! the shape of each held frame in turn and sends a copy of itself back in by the same device. No timers and nobody in
+//! user space: what never sees its first fragment is pushed out of the table by others. Only datagrams to addresses of
+//! Services and of this node are noted and held.
+
+use aya_ebpf::{
+    bindings::BPF_F_INGRESS,
+    helpers::generated::{bpf_clone_redirect, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes},
+};
+use lb_common::{
+    device,
+    fragment::{FragmentPorts, HELD_FRAME_BYTES, HELD_PER_DATAGRAM, HeldFrame, HeldKey, is_together},
+    verdict::Counter,
+};
+
+use crate::{
+    globals, lookup, maps, metrics,
+    net::{ANY, NOEXIST, Net, Packet},
+    skb::Skb,
+    tc::NEXT,
+};
+
+const SHOT: i32 = 2;
+/// Not a code of the kernel: the ports became known.
+pub const KNOWN: i32 = i32::MIN;
+
+/// Notes the ports of a first fragment.
+#[inline(always)]
+pub fn note<A: Net>(p: &Packet<A>) {
+    let ports = FragmentPorts { sport: p.tuple.sport, dport: p.tuple.dport, seen: p.now };
+    A::put_fragment(&p.fragment_key(), &ports);
+}
+
+/// For a first fragment that comes in: notes its ports and lets go of those that wait for it. False if the packet could
+/// not get its own content back. Not inlined, for the sake of whole packets, like all of this module.
+#[inline(never)]
+pub fn on_first<A: Net>(skb: Skb, p: &Packet<A>) -> bool {
+    if !concerns_us(p) {
+        return true;
+    }
+    note(p);
+    match A::held(&held_key(p, 0)) {
+        Some(_) => release(skb, p),
+        None => true,
+    }
+}
+
+/// For a later fragment whose ports are not known: puts it aside, or lets it pass if it is nobody's business here.
+/// [`KNOWN`] if the first one came at this moment.
+#[inline(never)]
+pub fn hold<A: Net>(skb: Skb, p: &mut Packet<A>) -> i32 {
+    if skb.has_vlan() || !concerns_us(p) || lookup::origin(p).is_none() || !put_aside(skb, p) {
+        metrics::count(Counter::PassFragmentUnknown);
+        return NEXT;
+    }
+    // Another CPU may have noted the first one since the look, and found nothing to let go.
+    match A::fragment(&p.fragment_key()) {
+        Some(ports) if is_together(ports.seen, p.now, globals::jiffies_per_s()) => {
+            p.tuple.sport = ports.sport;
+            p.tuple.dport = ports.dport;
+            forget_last(p);
+            KNOWN
+        }
+        _ => {
+            metrics::count(Counter::FragmentHeld);
+            SHOT
+        }
+    }
+}
+
+/// True for datagrams to an address of a Service, or to one that translated answers come back to.
+#[inline(always)]
+fn concerns_us<A: Net>(p: &Packet<A>) -> bool {
+    if A::frontend(&p.address_key()).is_some() {
+        return true;
+    }
+    is_address_of(p, p.ifindex) || is_address_of(p, device::ANY)
+}
+
+#[inline(always)]
+fn is_address_of<A: Net>(p: &Packet<A>, ifindex: u32) -> bool {
+    // SAFETY: read at once.
+    let device = unsafe { maps::DEVICES.get(ifindex) };
+    device.and_then(A::snat_addr).is_some_and(|addr| addr == p.tuple.dst)
+}
+
+#[inline(always)]
+fn held_key<A: Net>(p: &Packet<A>, index: u32) -> HeldKey<A> {
+    HeldKey { datagram: p.fragment_key(), index }
+}
+
+/// Copies the frame to the first free place of its datagram.
+#[inline(always)]
+fn put_aside<A: Net>(skb: Skb, p: &Packet<A>) -> bool {
+    let Some(copy) = save(skb, p.now) else { return false };
+    for index in 0..HELD_PER_DATAGRAM {
+        let key = held_key(p, index);
+        if A::put_held(&key, copy, NOEXIST).is_ok() {
+            return true;
+        }
+        let is_stale = match A::held(&key) {
+            // SAFETY: a map value, valid for the program's run.
+            Some(held) => !is_together(unsafe { (*held).seen }, p.now, globals::jiffies_per_s()),
+            None => true,
+        };
+        if is_stale {
+            return A::put_held(&key, copy, ANY).is_ok();
+        }
+    }
+    false
+}
+
+/// Takes back what [`put_aside`] has put there last.
+#[inline(always)]
+fn forget_last<A: Net>(p: &Packet<A>) {
+    for back in 0..HELD_PER_DATAGRAM {
+        let key = held_key(p, HELD_PER_DATAGRAM - 1 - back);
+        if A::held(&key).is_some() {
+            A::remove_held(&key);
+            return;
+        }
+    }
+}
+
+/// Sends a copy of each held frame back in, behind this packet, which has its own content again at the end.
+#[inline(always)]
+fn release<A: Net>(skb: Skb, p: &Packet<A>) -> bool {
+    let Some(own) = save(skb, p.now) else { return true };
+    for index in 0..HELD_PER_DATAGRAM {
+        let key = held_key(p, index);
+        let Some(held) = A::held(&key) else { break };
+        // SAFETY: a map value, valid for the program's run.
+        let held = unsafe { &*held };
+        if is_together(held.seen, p.now, globals::jiffies_per_s()) && become_frame(skb, held) {
+            // SAFETY: plain integers.
+            if unsafe { bpf_clone_redirect(skb.0, p.ifindex, BPF_F_INGRESS as u64) } == 0 {
+                metrics::count(Counter::FragmentReleased);
+            }
+        }
+        A::remove_held(&key);
+    }
+    become_frame(skb, own)
+}
+
+/// Copies the frame to this CPU's scratch memory.
+#[inline(always)]
+fn save(skb: Skb, now: u32) -> Option<&'static HeldFrame> {
+    let copy = maps::HELD_SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own element.
+    let copy = unsafe { &mut *copy };
+    let bytes = skb.len();
+    if bytes == 0 || bytes > HELD_FRAME_BYTES as u32 {
+        return None;
+    }
+    // SAFETY: the buffer has at least `bytes` bytes.
+    if unsafe { bpf_skb_load_bytes(skb.0.cast(), 0, copy.frame.as_mut_ptr().cast(), bytes) } != 0 {
+        return None;
+    }
+    copy.bytes = bytes;
+    copy.seen = now;
+    Some(copy)
+}
+
+/// Gives the packet the content of `held`.
+#[inline(always)]
+fn become_frame(skb: Skb, held: &HeldFrame) -> bool {
+    let bytes = held.bytes;
+    if bytes == 0 || bytes > HELD_FRAME_BYTES as u32 {
+        return false;
+    }
+    // SAFETY: plain integers, then a buffer of at least `bytes` bytes.
+    unsafe {
+        bpf_skb_change_tail(skb.0, bytes, 0) == 0
+            && bpf_skb_store_bytes(skb.0, 0, held.frame.as_ptr().cast(), bytes, 0) == 0
+    }
+}
