@@ -38,12 +38,17 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent of a node.
     pub fn start(node: &Node, log: &Path, manifests: &Manifests, flags: &[String]) -> anyhow::Result<Self> {
+        Self::start_from(node, log, &format!("manifests:{}", manifests.dir().display()), flags)
+    }
+
+    /// The same with any source of objects.
+    pub fn start_from(node: &Node, log: &Path, source: &str, flags: &[String]) -> anyhow::Result<Self> {
         let output =
             File::options().create(true).append(true).open(log).context("cannot open the agent's log")?;
         let mut command = node.place.command(&sibling("lb-agent")?)?;
         command
             .arg("run")
-            .arg(format!("--source=manifests:{}", manifests.dir().display()))
+            .arg(format!("--source={source}"))
             .arg(format!("--hostname-override={}", node.place.name))
             .arg("--external-device=eth0")
             .arg(format!("--state-dir={}", node.state_dir().display()))
