@@ -74,7 +74,8 @@ pub enum Output {
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct RunArgs {
-    /// File with options, in YAML
+    /// File with options, in YAML: the agent's own, or a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1) as it is.
+    /// docs/configuration.md says what each field of the latter does
     #[arg(long, env = "LB_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,

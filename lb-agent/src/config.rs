@@ -1,17 +1,22 @@
 //! From flags, environment and file to [`Settings`]: precedence, parsing, and errors that name the place, the value, the
 //! reason and what is allowed.
 
+mod kubeproxy;
 mod options;
 mod values;
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     path::{Path, PathBuf},
 };
 
 use clap::ArgMatches;
 use serde::{Deserializer, de};
+use serde_json::{Map, Value};
+use serde_saphyr::DuplicateKeyPolicy;
 
+pub use self::kubeproxy::Notes;
 use crate::{cli::RunArgs, settings::Settings};
 
 /// What `lb-agent run` was told: settings, and how to log.
@@ -19,6 +24,8 @@ use crate::{cli::RunArgs, settings::Settings};
 pub struct Config {
     pub settings: Settings,
     pub log: LogSettings,
+    /// About a KubeProxyConfiguration, if the file is one.
+    pub notes: Option<Notes>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +71,8 @@ pub enum Error {
     Read { path: PathBuf, source: io::Error },
     #[error("{}: {reason}", path.display())]
     File { path: PathBuf, reason: String },
+    #[error("{}: {invalid}", path.display())]
+    KubeProxy { path: PathBuf, invalid: kubeproxy::Invalid },
     #[error("cannot read this node's name from {HOSTNAME}: {0}; give it with --hostname-override")]
     Hostname(io::Error),
 }
@@ -75,25 +84,69 @@ const HOSTNAME: &str = "/proc/sys/kernel/hostname";
 /// (the matches of the subcommand `run`); it tells flags from environment variables.
 pub fn load(args: &RunArgs, matches: &ArgMatches) -> Result<Config, Error> {
     let file = match &args.config {
-        Some(path) => Some((path.as_path(), read(path)?)),
+        Some(path) => Some(FileOptions::read(path)?),
         None => None,
     };
-    let options = options::Options { args, matches, file };
-    options.config()
+    options::Options { args, matches, file }.config()
 }
 
-fn read(path: &Path) -> Result<RunArgs, Error> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    // A file with comments only is a file without options, not a document without a mapping.
-    if text.lines().all(|l| l.trim().is_empty() || l.trim_start().starts_with('#') || l.trim_end() == "---") {
-        return Ok(RunArgs::default());
+/// What the file says.
+#[derive(Debug)]
+struct FileOptions {
+    path: PathBuf,
+    args: RunArgs,
+    /// The names of options there, by id, where they are not the agent's own.
+    keys: BTreeMap<&'static str, String>,
+    notes: Option<Notes>,
+}
+
+impl FileOptions {
+    fn read(path: &Path) -> Result<Self, Error> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::parse(path, &text)
     }
-    serde_saphyr::from_str(&text).map_err(|error| {
-        // serde-saphyr draws a multi-line snippet; its first line holds the reason and the place.
-        let text = error.without_snippet().to_string();
-        Error::File { path: path.to_owned(), reason: text }
-    })
+
+    fn parse(path: &Path, text: &str) -> Result<Self, Error> {
+        let own = |args| Self { path: path.to_owned(), args, keys: BTreeMap::new(), notes: None };
+        // A file with comments only is a file without options, not a document without a mapping.
+        if text
+            .lines()
+            .all(|l| l.trim().is_empty() || l.trim_start().starts_with('#') || l.trim_end() == "---")
+        {
+            return Ok(own(RunArgs::default()));
+        }
+        match document(text) {
+            Some((root, duplicate)) if kubeproxy::is_typed(&root) => {
+                let reading = kubeproxy::read(&root)
+                    .map_err(|invalid| Error::KubeProxy { path: path.to_owned(), invalid })?;
+                let kubeproxy::Reading { args, keys, ignored, unknown } = reading;
+                let notes = Some(Notes { path: path.to_owned(), ignored, unknown, duplicate });
+                Ok(Self { path: path.to_owned(), args, keys, notes })
+            }
+            // What is wrong with it, if anything, shows in reading it as what it is.
+            _ => serde_saphyr::from_str(text)
+                .map(own)
+                .map_err(|error| Error::File { path: path.to_owned(), reason: reason(&error) }),
+        }
+    }
+}
+
+/// The mapping in a file, and why it was not to be had without having the last of two equal keys win.
+fn document(text: &str) -> Option<(Map<String, Value>, Option<String>)> {
+    match serde_saphyr::from_str(text) {
+        Ok(root) => Some((root, None)),
+        Err(strict) => {
+            let options = serde_saphyr::options! { duplicate_keys: DuplicateKeyPolicy::LastWins };
+            let root = serde_saphyr::from_str_with_options(text, options).ok()?;
+            Some((root, Some(reason(&strict))))
+        }
+    }
+}
+
+/// serde-saphyr draws a multi-line snippet; its first line holds the reason and the place.
+fn reason(error: &serde_saphyr::Error) -> String {
+    error.without_snippet().to_string()
 }
 
 /// Accepts a YAML list of strings, and one string for a list of one.

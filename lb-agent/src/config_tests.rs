@@ -7,14 +7,14 @@ use crate::{
 };
 
 /// What `lb-agent run` with these arguments means. The environment is the test's own: no variable is set here.
-fn run(args: &[&str]) -> Result<Config, Error> {
+pub(super) fn run(args: &[&str]) -> Result<Config, Error> {
     let args = ["lb-agent", "run"].iter().chain(args);
     let matches = command().try_get_matches_from(args).unwrap();
     let Command::Run(run) = Cli::from_arg_matches(&matches).unwrap().command else { panic!() };
     load(&run, matches.subcommand_matches("run").unwrap())
 }
 
-fn with_file(text: &str, args: &[&str]) -> Result<Config, Error> {
+pub(super) fn with_file(text: &str, args: &[&str]) -> Result<Config, Error> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text).unwrap();
     let path = file.path().to_str().unwrap();

@@ -1,7 +1,8 @@
 //! What /healthz, /livez and /readyz say. The reconcile loop reports to [`Status`]; `http.rs` shows it.
 //!
 //! The rules are kube-proxy's (pkg/proxy/healthcheck/proxy_health.go): a proxy is healthy while it starts, while it has
-//! nothing to do, and while what it has to do is younger than a minute.
+//! nothing to do, and while what it has to do is younger than a minute. Stricter than kube-proxy's in two ways: a first plan
+//! that cannot be carried out counts like every other, and a loop that hangs is dead even with nothing to do.
 
 use std::{
     collections::BTreeMap,
@@ -118,37 +119,50 @@ impl Status {
         Some(now.saturating_duration_since(since))
     }
 
-    /// What /livez says: the same as [`Status::health`] without the node, since an agent on a node that is going away
-    /// must not be restarted.
-    pub fn liveness(&self, now: Instant, wall: SystemTime) -> Health {
+    /// Everything that had to be programmed is, or is younger than [`PENDING_LIMIT`], in all families. Says nothing about the
+    /// node: the judgement of [`Status::liveness`], and what health checks of Services go by.
+    pub fn is_healthy(&self, now: Instant) -> bool {
         let inner = self.lock();
-        let beats = inner.last_beat.is_none_or(|at| now.saturating_duration_since(at) < PENDING_LIMIT);
-        let status: BTreeMap<_, _> = FAMILIES
-            .into_iter()
-            .map(|family| {
-                let progress = inner.families.get(&family).copied().unwrap_or_default();
-                let health = FamilyHealth {
-                    last_updated: progress.programmed.map(timestamp),
-                    healthy: beats && progress.is_healthy(now),
-                };
-                (family_name(family), health)
-            })
-            .collect();
-        Health {
-            last_updated: inner.families.values().filter_map(|p| p.programmed).max().map(timestamp),
-            current_time: timestamp(wall),
-            node_eligible: None,
-            healthy: status.values().all(|f| f.healthy),
-            status,
-        }
+        inner.beats(now) && inner.families.values().all(|progress| progress.is_healthy(now))
     }
 
-    /// What /healthz says: whether load balancers may send traffic to this node.
+    /// What /livez says: nothing about the node, since an agent on a node that is going away must not be restarted (H6).
+    pub fn liveness(&self, now: Instant, wall: SystemTime) -> Health {
+        self.lock().judge(now, wall, None)
+    }
+
+    /// What /healthz says: whether load balancers may send traffic to this node (H5).
     pub fn health(&self, now: Instant, wall: SystemTime) -> Health {
-        let mut health = self.liveness(now, wall);
-        let eligible = !self.lock().node_ineligible;
-        health.node_eligible = Some(eligible);
-        health.healthy &= eligible;
+        let inner = self.lock();
+        inner.judge(now, wall, Some(!inner.node_ineligible))
+    }
+}
+
+impl Inner {
+    fn beats(&self, now: Instant) -> bool {
+        self.last_beat.is_none_or(|at| now.saturating_duration_since(at) < PENDING_LIMIT)
+    }
+
+    fn judge(&self, now: Instant, wall: SystemTime, node_eligible: Option<bool>) -> Health {
+        let beats = self.beats(now);
+        let family = |(family, progress): (&Family, &Progress)| {
+            let last_updated = progress.programmed.map_or_else(never, timestamp);
+            (family_name(*family), FamilyHealth { last_updated, healthy: beats && progress.is_healthy(now) })
+        };
+        let status: BTreeMap<_, _> = self.families.iter().map(family).collect();
+        let programmed = self.families.values().filter_map(|p| p.programmed).max();
+        let mut health = Health {
+            last_updated: programmed.map_or_else(never, timestamp),
+            current_time: timestamp(wall),
+            node_eligible,
+            healthy: beats && status.values().all(|f| f.healthy),
+            status,
+        };
+        if health.is_ok() {
+            // kube-proxy does so for readers that know its old releases: where all is well this time is always recent,
+            // although there may have been nothing to do for days.
+            health.last_updated.clone_from(&health.current_time);
+        }
         health
     }
 }
@@ -171,25 +185,38 @@ fn timestamp(at: SystemTime) -> String {
     Timestamp::try_from(at).map_or_else(|_| String::new(), |t| t.to_string())
 }
 
+/// Go's zero time, which kube-proxy's readers know as "not yet".
+fn never() -> String {
+    "0001-01-01T00:00:00Z".to_owned()
+}
+
 /// The answer of /healthz and /livez, with kube-proxy's field names.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Health {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last_updated: Option<String>,
+    pub last_updated: String,
     pub current_time: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_eligible: Option<bool>,
+    /// Of the agent; a node that is going away does not change it.
     pub healthy: bool,
+    /// Of each family that something was to be programmed for.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub status: BTreeMap<&'static str, FamilyHealth>,
+}
+
+impl Health {
+    /// Whether the answer is 200; 503 otherwise.
+    pub fn is_ok(&self) -> bool {
+        self.healthy && self.node_eligible != Some(false)
+    }
 }
 
 /// One family's part of [`Health`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FamilyHealth {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub last_updated: Option<String>,
+    pub last_updated: String,
     pub healthy: bool,
 }
 

@@ -9,34 +9,46 @@ use std::{
 use axum::{
     Json, Router,
     extract::State,
-    http::{StatusCode, header},
+    http::{HeaderName, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{any, get},
 };
+use serde_json::Value;
 use tokio::net::TcpListener;
 
 use crate::{
     health::{Health, Status},
-    metrics::{self, Metrics},
+    metrics::{self, Metrics, probes::counted},
 };
 
 /// First and longest pause between two attempts to get a port.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
-/// Routes of the address for load balancers and the kubelet.
+/// kube-proxy sends it with every answer that is not for scrapers.
+const NOSNIFF: [(HeaderName, &str); 1] = [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+
+/// What /proxyMode says. Scripts compare it with `iptables`, `ipvs` and `nftables` to know whose rules they will find on the
+/// node: there are none of those here. No newline after it, as with kube-proxy.
+pub const PROXY_MODE: &str = "ebpf";
+
+/// Routes of the address for load balancers and the kubelet. Any method will do, as with kube-proxy.
 pub fn healthz_routes(status: Arc<Status>) -> Router {
     Router::new()
-        .route("/healthz", get(healthz))
-        .route("/livez", get(livez))
-        .route("/readyz", get(readyz))
+        .route("/healthz", any(healthz))
+        .route("/livez", any(livez))
+        .route("/readyz", any(readyz))
         .with_state(status)
 }
 
-/// Routes of the address for monitoring.
-pub fn metrics_routes(status: Arc<Status>, metrics: Arc<Metrics>) -> Router {
+/// Routes of the address for monitoring (H7). `configz` is what /configz shows.
+pub fn metrics_routes(status: Arc<Status>, metrics: Arc<Metrics>, configz: Value) -> Router {
     let scrape = Router::new().route("/metrics", get(scrape)).with_state(metrics);
-    healthz_routes(status).merge(scrape)
+    let configz = Arc::new(configz);
+    healthz_routes(status)
+        .merge(scrape)
+        .route("/proxyMode", any(|| async { (NOSNIFF, PROXY_MODE) }))
+        .route("/configz", any(move || async move { (NOSNIFF, Json(&*configz)).into_response() }))
 }
 
 /// Runs both servers for ever; `None` turns one off. One address for both is fine.
@@ -45,12 +57,15 @@ pub async fn serve(
     metrics: Option<SocketAddr>,
     status: Arc<Status>,
     registry: Arc<Metrics>,
+    configz: Value,
 ) {
-    let metrics_routes = metrics_routes(status.clone(), registry);
+    let probes = registry.kube_proxy().clone();
+    let metrics_routes = metrics_routes(status.clone(), registry, configz);
     if healthz.is_some() && healthz == metrics {
-        return serve_one("metrics", "metrics-bind-address", metrics, metrics_routes, &status).await;
+        let routes = counted(metrics_routes, probes);
+        return serve_one("metrics", "metrics-bind-address", metrics, routes, &status).await;
     }
-    let healthz_routes = healthz_routes(status.clone());
+    let healthz_routes = counted(healthz_routes(status.clone()), probes);
     tokio::join!(
         serve_one("healthz", "healthz-bind-address", healthz, healthz_routes, &status),
         serve_one("metrics", "metrics-bind-address", metrics, metrics_routes, &status),
@@ -101,9 +116,8 @@ async fn bind(name: &'static str, flag: &'static str, address: SocketAddr, statu
 }
 
 fn answer(health: Health) -> Response {
-    let code = if health.healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    // kube-proxy sends nosniff with every health answer.
-    (code, [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")], Json(health)).into_response()
+    let code = if health.is_ok() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, NOSNIFF, Json(health)).into_response()
 }
 
 async fn healthz(State(status): State<Arc<Status>>) -> Response {

@@ -41,10 +41,10 @@ fn shared() -> (Arc<Status>, Arc<Metrics>) {
 }
 
 #[tokio::test]
-async fn each_path_answers_as_the_status_is() {
+async fn h5_each_path_answers_as_the_status_is() {
     let (status, metrics) = shared();
     let (healthz, scrape) = (free_port().await, free_port().await);
-    let server = tokio::spawn(serve(Some(healthz), Some(scrape), status.clone(), metrics));
+    let server = tokio::spawn(serve(Some(healthz), Some(scrape), status.clone(), metrics, Value::Null));
 
     let (code, head, body) = get_soon(healthz, "/healthz").await;
     assert_eq!(code, 200);
@@ -57,7 +57,9 @@ async fn each_path_answers_as_the_status_is() {
     assert_eq!(get_soon(healthz, "/readyz").await.0, 200);
 
     status.node_deleted();
-    assert_eq!(get_soon(healthz, "/healthz").await.0, 503);
+    let (code, _, body) = get_soon(healthz, "/healthz").await;
+    let json: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((code, &json["healthy"], &json["nodeEligible"]), (503, &true.into(), &false.into()));
     assert_eq!(get_soon(healthz, "/livez").await.0, 200);
     let long_ago = Instant::now().checked_sub(crate::health::PENDING_LIMIT).unwrap();
     status.queued(long_ago);
@@ -70,7 +72,9 @@ async fn each_path_answers_as_the_status_is() {
     assert!(body.contains("lb_http_listening{server=\"healthz\"} 1\n"), "{body}");
     assert_eq!(get_soon(scrape, "/livez").await.0, 503);
     // Metrics name Services; they are only on the address that is meant for them.
-    assert_eq!(get_soon(healthz, "/metrics").await.0, 404);
+    for path in ["/metrics", "/proxyMode", "/configz"] {
+        assert_eq!(get_soon(healthz, path).await.0, 404, "{path}");
+    }
     server.abort();
 }
 
@@ -79,7 +83,7 @@ async fn a_port_in_use_is_taken_as_soon_as_it_is_free() {
     let (status, metrics) = shared();
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (healthz, scrape) = (taken.local_addr().unwrap(), free_port().await);
-    let server = tokio::spawn(serve(Some(healthz), Some(scrape), status.clone(), metrics));
+    let server = tokio::spawn(serve(Some(healthz), Some(scrape), status.clone(), metrics, Value::Null));
     // The other server works meanwhile, and says what is missing.
     let missing = async {
         while !get_soon(scrape, "/metrics").await.2.contains("lb_http_listening{server=\"healthz\"} 0\n") {}
@@ -94,7 +98,7 @@ async fn a_port_in_use_is_taken_as_soon_as_it_is_free() {
 async fn one_address_serves_both() {
     let (status, metrics) = shared();
     let address = free_port().await;
-    let server = tokio::spawn(serve(Some(address), Some(address), status, metrics));
+    let server = tokio::spawn(serve(Some(address), Some(address), status, metrics, Value::Null));
     for path in ["/healthz", "/livez", "/metrics"] {
         assert_eq!(get_soon(address, path).await.0, 200, "{path}");
     }
@@ -105,5 +109,23 @@ async fn one_address_serves_both() {
 async fn nothing_is_served_where_nothing_is_wanted() {
     let (status, metrics) = shared();
     // Ends at once.
-    tokio::time::timeout(DEADLINE, serve(None, None, status, metrics)).await.unwrap();
+    tokio::time::timeout(DEADLINE, serve(None, None, status, metrics, Value::Null)).await.unwrap();
+}
+
+#[tokio::test]
+async fn h7_scripts_find_the_mode_and_the_settings() {
+    let (status, metrics) = shared();
+    let address = free_port().await;
+    let configz = serde_json::json!({"kubeproxy.config.k8s.io": {"Mode": "ebpf"}});
+    let server = tokio::spawn(serve(None, Some(address), status, metrics, configz.clone()));
+    let (code, head, body) = get_soon(address, "/proxyMode").await;
+    // Scripts compare the whole body.
+    assert_eq!((code, body.as_str()), (200, "ebpf"));
+    assert!(head.contains("content-type: text/plain; charset=utf-8"), "{head}");
+    assert!(head.contains("x-content-type-options: nosniff"), "{head}");
+    let (code, head, body) = get_soon(address, "/configz").await;
+    assert_eq!((code, serde_json::from_str::<Value>(&body).unwrap()), (200, configz));
+    assert!(head.contains("content-type: application/json"), "{head}");
+    assert!(head.contains("x-content-type-options: nosniff"), "{head}");
+    server.abort();
 }

@@ -2,8 +2,10 @@
 
 pub mod cli;
 pub mod config;
+pub mod configz;
 pub mod datapath;
 pub mod health;
+pub mod healthcheck;
 pub mod host;
 pub mod http;
 pub mod inspect;

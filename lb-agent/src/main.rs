@@ -44,6 +44,9 @@ fn main() -> ExitCode {
 
 fn run(config: config::Config) -> anyhow::Result<()> {
     log(&config.log)?;
+    if let Some(notes) = &config.notes {
+        notes.log();
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

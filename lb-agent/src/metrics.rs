@@ -1,6 +1,9 @@
 //! Metrics in the OpenMetrics text format. What is cheap to keep is kept here; what lives elsewhere (maps, sources,
 //! health) is read at the moment of a scrape.
 
+pub mod kube_proxy;
+pub mod probes;
+
 use std::{
     collections::BTreeMap,
     fmt,
@@ -20,6 +23,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use self::kube_proxy::KubeProxy;
 use crate::{health::Status, source::status::SourceStatus};
 
 /// Content type of [`Metrics::encode`].
@@ -53,15 +57,18 @@ pub trait DatapathStats: Send + Sync {
     fn maps(&self) -> Vec<MapSample>;
 }
 
+type FloatGauge = Gauge<f64, AtomicU64>;
 type Labels = [(&'static str, String); 1];
 
 /// All metrics of the agent.
 pub struct Metrics {
     registry: Registry,
+    kube_proxy_registry: Registry,
+    kube_proxy: KubeProxy,
     datapath: Arc<OnceLock<Arc<dyn DatapathStats>>>,
     syncs: Family<Labels, Counter>,
     sync_duration: Histogram,
-    last_sync: Gauge<f64, AtomicU64>,
+    last_sync: FloatGauge,
     operations: Family<Labels, Counter>,
     rejected: Arc<RwLock<BTreeMap<&'static str, i64>>>,
     devices: Family<Labels, Gauge>,
@@ -85,7 +92,7 @@ impl Metrics {
             "Time to plan and apply one reconciliation",
             sync_duration.clone(),
         );
-        let last_sync = Gauge::<f64, AtomicU64>::default();
+        let last_sync = FloatGauge::default();
         registry.register(
             "last_sync_timestamp_seconds",
             "When a reconciliation last succeeded, in seconds since 1970; 0 before the first",
@@ -102,8 +109,12 @@ impl Metrics {
         registry.register_collector(Box::new(SourceCollector { source, rejected: rejected.clone() }));
         registry.register_collector(Box::new(StatusCollector { status }));
         registry.register_collector(Box::new(DatapathCollector { stats: datapath.clone() }));
+        let mut kube_proxy_registry = Registry::default();
+        let kube_proxy = KubeProxy::register(&mut kube_proxy_registry);
         Self {
             registry,
+            kube_proxy_registry,
+            kube_proxy,
             datapath,
             syncs,
             sync_duration,
@@ -119,6 +130,11 @@ impl Metrics {
     pub fn set_datapath(&self, stats: Arc<dyn DatapathStats>) {
         // A second call would mean two owners of the maps; the first one is right then.
         let _ = self.datapath.set(stats);
+    }
+
+    /// kube-proxy's metrics.
+    pub fn kube_proxy(&self) -> &KubeProxy {
+        &self.kube_proxy
     }
 
     /// A reconciliation ended.
@@ -154,7 +170,9 @@ impl Metrics {
     /// Everything, as text of type [`CONTENT_TYPE`]. Reads the maps: may block.
     pub fn encode(&self) -> Result<String, fmt::Error> {
         let mut out = String::new();
-        text::encode(&mut out, &self.registry)?;
+        text::encode_registry(&mut out, &self.registry)?;
+        text::encode_registry(&mut out, &self.kube_proxy_registry)?;
+        text::encode_eof(&mut out)?;
         Ok(out)
     }
 }

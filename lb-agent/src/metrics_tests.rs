@@ -1,6 +1,6 @@
 use super::*;
 
-struct Fixed;
+pub(in crate::metrics) struct Fixed;
 
 impl DatapathStats for Fixed {
     fn counters(&self) -> Vec<(&'static str, u64)> {

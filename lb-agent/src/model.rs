@@ -13,8 +13,8 @@ mod object;
 
 use names::Names;
 pub use object::{
-    AddressType, Conditions, Endpoint, EndpointSlice, ExternalPolicy, Hints, InternalPolicy, Node, Service,
-    ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
+    AddressType, Conditions, Endpoint, EndpointSlice, ExternalPolicy, HealthCheck, Hints, InternalPolicy,
+    Node, Service, ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
 };
 
 /// One change of the cluster.

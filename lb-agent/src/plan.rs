@@ -23,6 +23,7 @@ mod draft;
 pub mod endpoints;
 mod frontends;
 mod ids;
+pub mod no_local;
 pub mod nodeport;
 pub mod op;
 mod record;
@@ -41,6 +42,7 @@ use self::{
     draft::Draft,
     frontends::{Frontends, Rank},
     ids::Ids,
+    no_local::{NoLocal, NoLocalEndpoints},
     op::Family,
     record::Record,
     recover::Leftovers,
@@ -116,6 +118,7 @@ pub struct Planner {
     retry: bool,
     /// What the kernel had at start and no record owns: goes with the first plan.
     leftovers: Option<Leftovers>,
+    no_local: NoLocal,
 }
 
 impl Planner {
@@ -130,6 +133,7 @@ impl Planner {
         let work: BTreeSet<ServiceKey> = known.chain(self.owned.keys()).cloned().collect();
         self.rejected.retain(|key, _| work.contains(key));
         self.retry = false;
+        self.no_local = NoLocal::default();
         let mut draft = Draft::default();
         let leftovers = self.leftovers.take().unwrap_or_default();
         leftovers.plan(&mut draft);
@@ -164,13 +168,18 @@ impl Planner {
         all.into_iter().collect()
     }
 
+    /// Service ports that drop traffic because their policy is Local and no endpoint is (rule C8), as of the last plan.
+    pub fn no_local_endpoints(&self) -> NoLocalEndpoints {
+        self.no_local.sum()
+    }
+
     fn plan(&mut self, model: &Model, node: &NodeView, work: BTreeSet<ServiceKey>, mut draft: Draft) -> Plan {
         for key in &work {
             self.rejected.remove(key);
-            let wanted = match model.service(key) {
-                Some(service) => desired(service, || model.slices(key), node),
-                None => Desired::default(),
-            };
+            let service = model.service(key);
+            let wanted =
+                service.map(|service| desired(service, || model.slices(key), node)).unwrap_or_default();
+            self.no_local.update(key, service, &wanted);
             self.plan_service(key, wanted, &mut draft);
         }
         self.frontends.finish(rank(&self.records), &mut draft);

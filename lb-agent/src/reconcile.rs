@@ -4,6 +4,7 @@
 //! [`Reconciler`] feeds it on a thread of its own: it coalesces events, starts audits, tries again after failures, and
 //! reports to health and metrics.
 
+mod changes;
 mod core;
 mod rejections;
 
@@ -70,6 +71,7 @@ pub struct Reconciler<K> {
     wiring: Wiring,
     node_name: String,
     retry: Retry,
+    changes: changes::Changes,
 }
 
 /// When to try again after a failure.
@@ -89,7 +91,13 @@ impl Retry {
 
 impl<K: Kernel + Send + 'static> Reconciler<K> {
     pub fn new(core: Core<K>, node_name: &str, wiring: Wiring) -> Self {
-        Self { core: Some(Box::new(core)), wiring, node_name: node_name.into(), retry: Retry::default() }
+        Self {
+            core: Some(Box::new(core)),
+            wiring,
+            node_name: node_name.into(),
+            retry: Retry::default(),
+            changes: changes::Changes::new(SystemTime::now()),
+        }
     }
 
     /// Runs until the source ends. Nothing is programmed before the source has sent everything it knew at start.
@@ -101,7 +109,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
             }
         }
         self.await_addresses().await;
-        self.wiring.status.queued(Instant::now());
+        self.queued();
         self.sync().await?;
         let mut beat = interval(BEAT);
         let mut audit = interval(AUDIT);
@@ -161,15 +169,25 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
     fn take(&mut self, event: Event) -> Result<bool, Error> {
         self.note_node(&event);
         let core = self.core()?;
-        match event {
-            Event::Apply(object) => core.apply(&object),
-            Event::Delete(object) => core.delete(&object),
+        let revision = core.revision();
+        match &event {
+            Event::Apply(object) => core.apply(object),
+            Event::Delete(object) => core.delete(object),
             Event::Synced => return Ok(true),
         }
-        if core.is_dirty() && core.is_started() {
-            self.wiring.status.queued(Instant::now());
+        let changed = core.revision() != revision;
+        let queued = core.is_dirty() && core.is_started();
+        self.changes.note(&event, changed, self.wiring.metrics.kube_proxy());
+        if queued {
+            self.queued();
         }
         Ok(false)
+    }
+
+    /// There is something to program.
+    fn queued(&self) {
+        self.wiring.status.queued(Instant::now());
+        self.wiring.metrics.kube_proxy().set_last_queued(SystemTime::now());
     }
 
     /// This node's own object also decides what /healthz says.
@@ -233,15 +251,20 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
 
     fn report(&mut self, took: Duration, result: Result<Outcome, SyncError>) {
         let Wiring { status, metrics, retired, .. } = &self.wiring;
+        let (kube_proxy, now) = (metrics.kube_proxy(), SystemTime::now());
         status.beat(Instant::now());
         match result {
             Ok(outcome) => {
                 self.retry = Retry::default();
-                status.programmed(SystemTime::now());
+                status.programmed(now);
                 status.mark_ready();
                 if outcome.ran {
                     metrics.synced(took, true);
+                    kube_proxy.synced(took, Some(outcome.full));
                 }
+                kube_proxy.set_last_sync(now);
+                kube_proxy.set_no_local(outcome.no_local);
+                self.changes.programmed(now, kube_proxy);
                 for (kind, count) in &outcome.operations {
                     metrics.operations(kind, *count);
                 }
@@ -254,6 +277,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
             Err(error) => {
                 self.retry.failed();
                 metrics.synced(took, false);
+                kube_proxy.synced(took, None);
                 tracing::error!(error = %crate::chain(&error), "cannot program the maps; trying again");
             }
         }

@@ -17,9 +17,10 @@ use tokio::{
 };
 
 use crate::{
+    configz,
     datapath::{self, Datapath, Role},
     health::Status,
-    host, http,
+    healthcheck, host, http,
     maps::{Devices, MapError, Maps, Scrape},
     metrics::Metrics,
     reconcile::{self, Core, NodeRules, Reconciler, Wiring},
@@ -111,23 +112,30 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
         status: status.clone(),
         metrics: metrics.clone(),
     };
-    let reconciler = Reconciler::new(Core::new(Maps::open(&pins)?, rules), &settings.node_name, wiring);
+    let core = Core::new(Maps::open(&pins)?, rules);
+    let health_checks = core.health_checks();
+    let (failures_in, failures) = mpsc::channel(healthcheck::events::PENDING);
+    let reconciler = Reconciler::new(core, &settings.node_name, wiring);
     let sweeper = Sweeper::open(&dir, settings.timeouts, flow_entries)?;
+    let sweeper = sweeper.counting(metrics.kube_proxy().clone());
     let devices = Arc::new(Devices::open(&pins)?);
 
     let mut parts = Parts::new();
     parts.spawn(forever(http::serve(
         settings.healthz_bind_address,
         settings.metrics_bind_address,
-        status,
+        status.clone(),
         metrics.clone(),
+        configz::configz(settings),
     )));
+    parts.spawn(forever(healthcheck::run(health_checks, status, failures_in)));
     parts.spawn(forever(watch_devices(datapath.clone(), devices, addresses_in)));
     parts.spawn(forever(count_devices(datapath.clone(), metrics.clone())));
     parts.spawn(forever(watch_host(datapath.clone(), settings.snat_ports, addresses.clone(), metrics)));
     parts.spawn(forever(sweeper.run(retired)));
     parts.spawn(async move { Ok(reconciler.run().await?) });
     let (from, node) = (settings.source.clone(), settings.node_name.clone());
+    parts.spawn(forever(healthcheck::events::report(from.clone(), node.clone(), failures)));
     parts.spawn(async move { Ok(source::run(from, node, events_in, source_status).await?) });
     Ok(parts)
 }

@@ -21,6 +21,7 @@ use bytemuck::Pod;
 pub use judge::{Judgement, Rules, judge};
 use lb_common::{
     Addr,
+    addr::ToIp,
     conntrack::{Flow, Timeouts, flags},
     tuple::Tuple,
     verdict::Counter,
@@ -31,6 +32,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, read_error},
+    metrics::kube_proxy::KubeProxy,
     plan::{Retired, op::Family},
 };
 
@@ -71,6 +73,7 @@ pub struct Sweeper {
     counters: Counters,
     timeouts: Timeouts,
     entries: Arc<FlowEntries>,
+    metrics: Option<KubeProxy>,
 }
 
 impl Sweeper {
@@ -83,7 +86,14 @@ impl Sweeper {
             counters: Counters::open(&maps)?,
             timeouts,
             entries,
+            metrics: None,
         })
+    }
+
+    /// Has it count there what it purges.
+    #[must_use]
+    pub fn counting(self, metrics: KubeProxy) -> Self {
+        Self { metrics: Some(metrics), ..self }
     }
 
     /// One pass over both tables. Blocks.
@@ -100,8 +110,29 @@ impl Sweeper {
     /// Deletes the UDP flows of these records to backends that no longer serve; how many there were. Blocks.
     pub fn purge(&self, retired: &[Retired]) -> Result<u64, SweepError> {
         let now = self.clock.jiffies()?;
-        let v4 = purge(&self.flows.v4, &Serving::of(Family::V4, retired, now))?;
-        Ok(v4 + purge(&self.flows.v6, &Serving::of(Family::V6, retired, now))?)
+        let v4 = self.purge_table(&self.flows.v4, &Serving::of(Family::V4, retired, now), Family::V4)?;
+        Ok(v4 + self.purge_table(&self.flows.v6, &Serving::of(Family::V6, retired, now), Family::V6)?)
+    }
+
+    fn purge_table<A: Addr + ToIp>(
+        &self,
+        table: &FlowTable<A>,
+        serving: &Serving,
+        family: Family,
+    ) -> Result<u64, SweepError>
+    where
+        Tuple<A>: Pod,
+        Flow<A>: Pod,
+    {
+        if serving.is_empty() {
+            return Ok(0);
+        }
+        let begun = Instant::now();
+        let flows = purge(table, serving)?;
+        if let Some(metrics) = &self.metrics {
+            metrics.purged(family, begun.elapsed(), flows);
+        }
+        Ok(flows)
     }
 
     /// Sweeps for ever, as often as the tables need it, and as soon as backends are `retired`.

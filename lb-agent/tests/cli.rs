@@ -76,3 +76,29 @@ fn help_goes_to_standard_output_and_names_every_way() {
         format!("lb-agent {}\n", env!("CARGO_PKG_VERSION"))
     );
 }
+
+#[test]
+fn a_kube_proxy_configuration_is_read_and_its_fields_are_named() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let head = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    std::fs::write(file.path(), format!("{head}conntrack:\n  udpTimeout: -3s\n")).unwrap();
+    let wrong = refused(&lb_agent(&["run", "--config", path], &[]));
+    assert_eq!(wrong, format!("error: {path}: conntrack.udpTimeout: \"-3s\": must not be negative"));
+
+    // A directory that cannot be a bpffs ends the agent after it has said what it thinks of the file.
+    let text = format!("{head}mode: ipvs\nipvs: {{scheduler: lc}}\noomScoreAdj: -5\nudpIdleTimeout: 1s\n");
+    std::fs::write(file.path(), text).unwrap();
+    let output = lb_agent(&["run", "--config", path, "--state-dir", "/proc/lb", "--log-format", "json"], &[]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let log = String::from_utf8(output.stderr).unwrap();
+    let fields = |message: &str| -> Vec<serde_json::Value> {
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        lines
+            .filter(|l| l["message"].as_str().is_some_and(|m| m.contains(message)))
+            .map(|l| l["fields"].clone())
+            .collect()
+    };
+    assert_eq!(fields("mean nothing here"), ["ipvs.scheduler, oomScoreAdj"], "{log}");
+    assert_eq!(fields("has no such fields"), ["udpIdleTimeout"], "{log}");
+}

@@ -18,6 +18,7 @@ use lb_agent::{
     cli::Output,
     datapath, inspect,
     maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table},
+    metrics::Metrics,
     plan::{
         ActualService, ActualState, Retired,
         op::{Backend, Family, Frontend, MapOp, Protocol},
@@ -539,6 +540,8 @@ fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
     let state = State::new(&[])?;
     let tables = FlowTables::open(&state.maps())?;
     let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    let metrics = Metrics::new(Arc::default(), Arc::default());
+    let sweeper = sweeper.counting(metrics.kube_proxy().clone());
     let udp = pair(0x0b00_0001, proto::UDP, 0, 0, true);
     let tcp = pair(0x0b00_0001, proto::TCP, 0, 0, true);
     put(&tables, &udp)?;
@@ -548,6 +551,18 @@ fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
     };
     assert_eq!(sweeper.purge(&serving("10.1.0.2"))?, 0);
     assert_eq!(sweeper.purge(&serving("10.1.0.3"))?, 1);
+    let scrape = metrics.encode()?;
+    for sample in [
+        "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"} 1",
+        "kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv4\"} 2",
+        "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv6\"} 0",
+    ] {
+        assert!(scrape.lines().any(|line| line == sample), "{sample} not in\n{scrape}");
+    }
+    // No record of that family was concerned.
+    assert!(
+        !scrape.contains("kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family=\"IPv6\"}")
+    );
     // TCP flows end with their connections.
     let left: BTreeMap<_, _> = tables.v4.entries()?.into_iter().collect();
     assert_eq!(left.into_keys().collect::<Vec<_>>(), {

@@ -1,11 +1,13 @@
 //! Which value each option has, and what settings that makes.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{ArgMatches, parser::ValueSource};
 use lb_common::conntrack::Timeouts;
 
-use super::{Config, Error, HOSTNAME, LogFormat, LogSettings, Origin, cgroup2_mount, values as parse};
+use super::{
+    Config, Error, FileOptions, HOSTNAME, LogFormat, LogSettings, Origin, cgroup2_mount, values as parse,
+};
 use crate::{
     cli::{DEFAULT_STATE_DIR, RunArgs},
     settings::{Capacities, Settings, SocketLb, XdpSetting},
@@ -21,12 +23,13 @@ pub(super) struct Given {
 pub(super) struct Options<'a> {
     pub args: &'a RunArgs,
     pub matches: &'a ArgMatches,
-    pub file: Option<(&'a Path, RunArgs)>,
+    pub file: Option<FileOptions>,
 }
 
 impl Options<'_> {
-    pub fn config(&self) -> Result<Config, Error> {
-        Ok(Config { settings: self.settings()?, log: self.log()? })
+    pub fn config(self) -> Result<Config, Error> {
+        let (settings, log) = (self.settings()?, self.log()?);
+        Ok(Config { settings, log, notes: self.file.and_then(|file| file.notes) })
     }
 
     fn settings(&self) -> Result<Settings, Error> {
@@ -208,9 +211,9 @@ impl Options<'_> {
         if let Some(value) = field(self.args) {
             return Some(Given { value: value.clone(), origin: self.origin(id) });
         }
-        let (path, file) = self.file.as_ref()?;
-        let value = field(file).clone()?;
-        Some(Given { value, origin: Origin::File((*path).to_owned(), key(id)) })
+        let file = self.file.as_ref()?;
+        let value = field(&file.args).clone()?;
+        Some(Given { value, origin: file.origin(id) })
     }
 
     fn list(&self, id: &str, field: impl Fn(&RunArgs) -> &Vec<String>) -> Vec<Given> {
@@ -220,7 +223,7 @@ impl Options<'_> {
             Some(ValueSource::CommandLine | ValueSource::EnvVariable)
         );
         let (values, origin) = match &self.file {
-            Some((path, file)) if !given => (field(file), Origin::File((*path).to_owned(), key(id))),
+            Some(file) if !given => (field(&file.args), file.origin(id)),
             _ => (field(self.args), self.origin(id)),
         };
         let values = values.iter().map(|v| v.trim()).filter(|v| !v.is_empty());
@@ -232,6 +235,12 @@ impl Options<'_> {
             Some(ValueSource::EnvVariable) => Origin::Env(format!("LB_{}", id.to_uppercase())),
             _ => Origin::Flag(id.replace('_', "-")),
         }
+    }
+}
+
+impl FileOptions {
+    fn origin(&self, id: &str) -> Origin {
+        Origin::File(self.path.clone(), self.keys.get(id).cloned().unwrap_or_else(|| key(id)))
     }
 }
 

@@ -81,6 +81,8 @@ pub struct Service {
     pub affinity_timeout_s: Option<u32>,
     /// Label `service.kubernetes.io/service-proxy-name`: another proxy serves this one.
     pub proxy_name: Option<Arc<str>>,
+    /// Only a Service of type LoadBalancer with external policy Local can have one.
+    pub health_check: Option<HealthCheck>,
     /// Sorted by (name, protocol), which is unique.
     pub ports: Vec<ServicePort>,
 }
@@ -95,6 +97,15 @@ impl Service {
     pub fn cluster_ip(&self, family: Family) -> Option<IpAddr> {
         self.cluster_ips.iter().copied().find(|ip| Family::of(*ip) == family)
     }
+}
+
+/// Where load balancers ask a node whether it has endpoints of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// `spec.healthCheckNodePort`.
+    pub node_port: u16,
+    /// `metadata.uid`: Events name the object that they are about by it. A manifest may not say.
+    pub uid: Option<Arc<str>>,
 }
 
 /// One of `spec.ports`. Where it leads to is resolved per EndpointSlice, so `targetPort` is not kept.

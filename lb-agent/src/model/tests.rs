@@ -17,6 +17,7 @@ fn service(name: &str) -> Service {
         external_policy: ExternalPolicy::Cluster,
         affinity_timeout_s: None,
         proxy_name: None,
+        health_check: None,
         ports: vec![ServicePort { name: "".into(), protocol: Protocol::Tcp, port: 80, node_port: 0 }],
     }
 }

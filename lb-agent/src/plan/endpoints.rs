@@ -83,6 +83,17 @@ pub fn sets<'a>(
     Sets { cluster, local, serving }
 }
 
+/// The addresses of this node's ready endpoints, sorted: what health checks count (H3).
+pub fn local_ready<'a>(
+    port: &ServicePort,
+    family: Family,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    node: &NodeView,
+) -> Vec<IpAddr> {
+    let candidates = candidates(port, family, slices, node);
+    candidates.iter().filter(|c| c.is_local && c.is_ready()).map(|c| c.at.0).collect()
+}
+
 /// Every endpoint of the port once, sorted by address and port.
 fn candidates<'a>(
     port: &ServicePort,

@@ -66,6 +66,7 @@ impl Planner {
             members_in_kernel: actual.members.len() as u32,
             rejected: BTreeMap::new(),
             retry: false,
+            no_local: Default::default(),
             leftovers: None,
         };
         let mut leftovers = Leftovers::default();

@@ -4,6 +4,7 @@ mod economy;
 mod kernel;
 mod laws;
 mod limits;
+mod no_local;
 mod recovery;
 mod reference;
 mod rules;

@@ -7,12 +7,17 @@ use std::{
 };
 
 use ipnet::IpNet;
+use tokio::sync::watch;
 
 use super::rejections::Rejections;
 use crate::{
+    healthcheck::{self, Tracker},
     maps::{Applied, MapError, Maps, Refused},
     model::{Dirty, Model, ServiceKey, convert},
-    plan::{ActualState, Capacities, MapOp, NodeView, Plan, Planner, Retired, nodeport::nodeport_addresses},
+    plan::{
+        ActualState, Capacities, MapOp, NodeView, Plan, Planner, Retired, no_local::NoLocalEndpoints,
+        nodeport::nodeport_addresses,
+    },
     settings::NodePortAddresses,
     source::{Object, ObjectRef},
 };
@@ -58,12 +63,16 @@ fn and_more(n: usize) -> String {
 pub struct Outcome {
     /// There was something to plan.
     pub ran: bool,
+    /// The plan looked at every Service.
+    pub full: bool,
     /// Operations by kind.
     pub operations: BTreeMap<&'static str, u64>,
     /// What is left out at present, by reason.
     pub rejected: BTreeMap<&'static str, i64>,
     /// UDP flows that have to be checked.
     pub retired: Vec<Retired>,
+    /// Rule C8, as of now.
+    pub no_local: NoLocalEndpoints,
 }
 
 /// The settings that planning needs.
@@ -85,7 +94,9 @@ pub struct Core<K> {
     view: Option<NodeView>,
     dirty: BTreeSet<ServiceKey>,
     all_dirty: bool,
+    revision: u64,
     rejections: Rejections,
+    health_checks: Tracker,
 }
 
 impl<K: Kernel> Core<K> {
@@ -98,8 +109,15 @@ impl<K: Kernel> Core<K> {
             view: None,
             dirty: BTreeSet::new(),
             all_dirty: false,
+            revision: 0,
             rejections: Rejections::default(),
+            health_checks: Tracker::default(),
         }
+    }
+
+    /// Which health check servers the node is to have, as of the last turn that succeeded.
+    pub fn health_checks(&self) -> watch::Receiver<healthcheck::Desired> {
+        self.health_checks.subscribe()
     }
 
     /// Takes in a new or changed object. A part that cannot be understood is left out and said; of an object that
@@ -124,10 +142,16 @@ impl<K: Kernel> Core<K> {
 
     fn mark(&mut self, dirty: Dirty) {
         match dirty {
-            Dirty::Nothing => {}
+            Dirty::Nothing => return,
             Dirty::Services(keys) => self.dirty.extend(keys),
             Dirty::All => self.all_dirty = true,
         }
+        self.revision += 1;
+    }
+
+    /// Another number after every change that makes something stale.
+    pub fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// Something has changed since the last turn.
@@ -150,7 +174,13 @@ impl<K: Kernel> Core<K> {
         let mut outcome =
             Outcome { ran: all || !dirty.is_empty() || self.planner.is_none(), ..Outcome::default() };
         self.view = Some(view.clone());
+        self.health_checks.mark(all, &dirty);
         let result = self.program(&view, all, &dirty, &mut outcome);
+        if result.is_ok() {
+            let addresses =
+                healthcheck::listen_addresses(&self.rules.nodeport_addresses, &view.nodeport_addresses);
+            self.health_checks.publish(&self.model, &view, addresses);
+        }
         outcome.rejected = self.rejections.by_reason();
         result.map(|()| outcome)
     }
@@ -169,7 +199,7 @@ impl<K: Kernel> Core<K> {
             *outcome.operations.entry(kind).or_insert(0) += n;
         }
         outcome.retired.extend(audit.retired);
-        Ok(Outcome { ran: true, rejected: audit.rejected, ..outcome })
+        Ok(Outcome { ran: true, full: true, rejected: audit.rejected, no_local: audit.no_local, ..outcome })
     }
 
     fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
@@ -194,7 +224,8 @@ impl<K: Kernel> Core<K> {
             Some(planner) => (planner, false),
             None => (self.recover()?, true),
         };
-        let mut plan = if all || recovered {
+        outcome.full = all || recovered;
+        let mut plan = if outcome.full {
             planner.plan_all(&self.model, view)
         } else {
             planner.plan_services(&self.model, view, dirty)
@@ -207,6 +238,7 @@ impl<K: Kernel> Core<K> {
             plan = planner.plan_services(&self.model, view, []);
         }
         self.rejections.planned(planner.rejections());
+        outcome.no_local = planner.no_local_endpoints();
         self.planner = Some(planner);
         Ok(())
     }

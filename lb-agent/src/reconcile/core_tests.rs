@@ -246,3 +246,37 @@ fn deleted_objects_leave_nothing() {
     let left = &core.kernel.state;
     assert!(left.frontends.is_empty() && left.services.is_empty() && left.backends4.is_empty(), "{left:?}");
 }
+
+#[test]
+fn h4_health_checks_are_published_once_the_maps_hold_the_plan() {
+    let mut core = core_with(2);
+    let mut seen = core.health_checks();
+    core.sync(&node_addresses()).unwrap();
+    seen.mark_unchanged();
+    let Object::Service(mut web) = service(0) else { panic!("a Service") };
+    let spec = web.spec.as_mut().unwrap();
+    (spec.type_, spec.external_traffic_policy) = (Some("LoadBalancer".into()), Some("Local".into()));
+    spec.health_check_node_port = Some(31000);
+    spec.external_ips = None;
+    spec.ports.as_mut().unwrap()[0].node_port = Some(30080);
+    core.apply(&Object::Service(web));
+    core.kernel.refuse = 1;
+    core.sync(&node_addresses()).unwrap_err();
+    assert!(!seen.has_changed().unwrap() && seen.borrow().servers.is_empty());
+    core.sync(&node_addresses()).unwrap();
+    assert!(seen.has_changed().unwrap());
+    let key = ServiceKey::new("default", "s0");
+    let (port, count) = {
+        let desired = seen.borrow_and_update();
+        (desired.servers[&key].port, desired.servers[&key].local_endpoints[&Family::V4].clone())
+    };
+    let local = || count.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!((port, local()), (31000, 2));
+    core.apply(&slice(0, &[0]));
+    core.sync(&node_addresses()).unwrap();
+    assert_eq!(local(), 1);
+    assert!(!seen.has_changed().unwrap(), "nobody has to open or close anything");
+    core.delete(&service(0).reference());
+    core.sync(&node_addresses()).unwrap();
+    assert!(seen.has_changed().unwrap() && seen.borrow().servers.is_empty());
+}

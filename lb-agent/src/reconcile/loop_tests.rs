@@ -7,7 +7,7 @@ use super::{
 use crate::{
     maps::{Applied, MapError},
     plan::{ActualState, Capacities, MapOp},
-    source::status::SourceStatus,
+    source::{Object, status::SourceStatus},
 };
 
 /// A kernel that the test can look into while the loop has it.
@@ -32,6 +32,7 @@ struct Running {
     addresses: watch::Sender<BTreeSet<IpAddr>>,
     audit: Arc<Notify>,
     status: Arc<Status>,
+    metrics: Arc<Metrics>,
     task: tokio::task::JoinHandle<Result<(), Error>>,
 }
 
@@ -47,13 +48,32 @@ fn start_with(addresses: BTreeSet<IpAddr>) -> Running {
     let status = Arc::new(Status::default());
     let audit = Arc::new(Notify::new());
     let metrics = Arc::new(Metrics::new(Arc::new(SourceStatus::default()), status.clone()));
-    let wiring = Wiring { events, addresses, audit: audit.clone(), retired, status: status.clone(), metrics };
+    let wiring = Wiring {
+        events,
+        addresses,
+        audit: audit.clone(),
+        retired,
+        status: status.clone(),
+        metrics: metrics.clone(),
+    };
     let reconciler = Reconciler::new(Core::new(kernel.clone(), rules()), "node1", wiring);
     let task = tokio::spawn(reconciler.run());
-    Running { kernel, events: events_in, addresses: addresses_in, audit, status, task }
+    Running { kernel, events: events_in, addresses: addresses_in, audit, status, metrics, task }
 }
 
 impl Running {
+    /// Waits for a line of the scrape that begins like this.
+    async fn sample(&self, start: &str) {
+        let there = async {
+            while !self.metrics.encode().unwrap().lines().any(|line| line.starts_with(start)) {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        if timeout(Duration::from_secs(20), there).await.is_err() {
+            panic!("{start} not in\n{}", self.metrics.encode().unwrap());
+        }
+    }
+
     async fn frontends(&self, n: usize) {
         let there = async {
             while self.kernel.0.lock().unwrap().state.frontends.len() != n {
@@ -137,5 +157,61 @@ async fn nothing_is_programmed_before_the_addresses_are_known() {
     assert!(running.kernel.0.lock().unwrap().plans.is_empty());
     running.addresses.send(BTreeSet::from([[192, 168, 0, 1].into()])).unwrap();
     running.frontends(17).await;
+    running.task.abort();
+}
+
+/// What kube-proxy's dashboards ask for follows what the loop does.
+#[tokio::test]
+async fn c8_and_the_other_metrics_of_kube_proxy_follow_the_loop() {
+    let running = start();
+    let mut local = service(0);
+    if let Object::Service(service) = &mut local {
+        service.spec.as_mut().unwrap().internal_traffic_policy = Some("Local".into());
+    }
+    let mut elsewhere = slice(0, &[1]);
+    if let Object::EndpointSlice(slice) = &mut elsewhere {
+        slice.endpoints[0].node_name = Some("node2".into());
+    }
+    running.events.send(Event::Apply(local)).await.unwrap();
+    running.events.send(Event::Apply(elsewhere)).await.unwrap();
+    running.events.send(Event::Synced).await.unwrap();
+    running.frontends(1).await;
+    running.sample("kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"} 1").await;
+    for line in [
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"internal\"} 1",
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"external\"} 0",
+        "kubeproxy_sync_proxy_rules_service_changes_total 1",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total 1",
+        "kubeproxy_sync_proxy_rules_service_changes_pending 0",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_pending 0",
+        "kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family=\"IPv6\"} 1",
+        "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds{ip_family=\"IPv6\"} 1",
+    ] {
+        running.sample(line).await;
+    }
+
+    // A slice that was written for a change of just now.
+    let mut changed = slice(1, &[2]);
+    if let Object::EndpointSlice(slice) = &mut changed {
+        let now = k8s_openapi::jiff::Timestamp::now().to_string();
+        slice.metadata.annotations =
+            Some([("endpoints.kubernetes.io/last-change-trigger-time".to_owned(), now)].into());
+    }
+    running.events.send(Event::Apply(service(1))).await.unwrap();
+    running.events.send(Event::Apply(changed)).await.unwrap();
+    running.sample("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"} 1").await;
+    running.sample("kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} ").await;
+
+    // The policy changes: nothing is dropped any more.
+    running.events.send(Event::Apply(service(0))).await.unwrap();
+    running
+        .sample(
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=\"internal\"} 0",
+        )
+        .await;
+    // What cannot be programmed stays pending.
+    running.kernel.0.lock().unwrap().refuse = usize::MAX;
+    running.events.send(Event::Apply(service(2))).await.unwrap();
+    running.sample("kubeproxy_sync_proxy_rules_service_changes_pending 1").await;
     running.task.abort();
 }

@@ -13,6 +13,9 @@ use k8s_openapi::{
 pub const FOREIGN_LABELS: [&str; 2] =
     ["service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"];
 
+/// When the pod or Service changed that the EndpointSlice controller wrote a slice for, in RFC 3339.
+pub const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
 /// True if the object belongs to another proxy or to nobody.
 pub fn is_foreign(meta: &ObjectMeta) -> bool {
     meta.labels.as_ref().is_some_and(|labels| FOREIGN_LABELS.iter().any(|key| labels.contains_key(*key)))
@@ -23,14 +26,15 @@ pub trait Strip {
     fn strip(&mut self);
 }
 
-/// Keeps names, labels, `deletionTimestamp`, and annotations of the Kubernetes service API (hints of topology).
+/// Keeps names, labels, `deletionTimestamp`, and the annotations that the agent reads.
 fn strip_meta(meta: &mut ObjectMeta) {
     meta.managed_fields = None;
     meta.owner_references = None;
     meta.finalizers = None;
     meta.self_link = None;
     if let Some(annotations) = &mut meta.annotations {
-        annotations.retain(|key, _| key.starts_with("service.kubernetes.io/"));
+        annotations
+            .retain(|key, _| key.starts_with("service.kubernetes.io/") || key == TRIGGER_TIME_ANNOTATION);
     }
     meta.annotations.take_if(|a| a.is_empty());
 }

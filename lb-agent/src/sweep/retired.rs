@@ -34,6 +34,11 @@ impl Serving {
         Self { by_record: of_family.map(|r| (r.service, r.serving.clone())).collect(), until }
     }
 
+    /// True if no record of the family is concerned.
+    pub fn is_empty(&self) -> bool {
+        self.by_record.is_empty()
+    }
+
     /// True for a client's entry of a UDP flow whose backend is gone.
     pub fn is_stale<A: Addr + ToIp>(&self, key: &Tuple<A>, flow: &Flow<A>) -> bool {
         if key.proto != proto::UDP || flow.flags & flags::REPLY != 0 {
@@ -52,9 +57,6 @@ where
     Tuple<A>: Pod,
     Flow<A>: Pod,
 {
-    if serving.by_record.is_empty() {
-        return Ok(0);
-    }
     let mut purged = 0;
     let mut walk = table.walk();
     while let Some((keys, flows)) = walk.next_chunk().map_err(read_error::<A>)? {

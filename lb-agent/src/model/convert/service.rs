@@ -9,7 +9,7 @@ use super::{
     routed_address_of,
 };
 use crate::{
-    model::{ExternalPolicy, InternalPolicy, Service, ServiceKey, ServicePort, ServiceType},
+    model::{ExternalPolicy, HealthCheck, InternalPolicy, Service, ServiceKey, ServicePort, ServiceType},
     plan::op::Family,
     source::Kind,
 };
@@ -37,6 +37,7 @@ pub fn service(service: &core::Service) -> Result<Converted<Service>, Rejection>
         external_policy: ExternalPolicy::default(),
         affinity_timeout_s: None,
         proxy_name: label(&service.metadata, PROXY_NAME_LABEL).map(Arc::from),
+        health_check: None,
         ports: Vec::new(),
     };
     // I9: whatever the others say is for somebody else to judge.
@@ -46,6 +47,9 @@ pub fn service(service: &core::Service) -> Result<Converted<Service>, Rejection>
         object.load_balancer_ips = load_balancer_ips(kind, service.status.as_ref(), &mut report);
         object.internal_policy = internal_policy(spec, &mut report);
         object.external_policy = external_policy(spec, &mut report);
+        if kind == ServiceType::LoadBalancer && object.external_policy == ExternalPolicy::Local {
+            object.health_check = health_check(service, spec, &mut report);
+        }
         object.affinity_timeout_s = affinity_timeout_s(spec, &mut report);
         object.ports = ports(spec, &mut report);
     }
@@ -140,6 +144,18 @@ fn external_policy(spec: &core::ServiceSpec, report: &mut Report) -> ExternalPol
             ExternalPolicy::default()
         }
     }
+}
+
+/// H1: the API server gives one to every such Service; a manifest without one merely has no health checks.
+fn health_check(
+    service: &core::Service,
+    spec: &core::ServiceSpec,
+    report: &mut Report,
+) -> Option<HealthCheck> {
+    let value = spec.health_check_node_port.filter(|n| *n != 0)?;
+    let node_port = report.keep(|| "spec.healthCheckNodePort".to_owned(), port_of(value))?;
+    let uid = service.metadata.uid.as_deref().filter(|u| !u.is_empty()).map(Arc::from);
+    Some(HealthCheck { node_port, uid })
 }
 
 fn affinity_timeout_s(spec: &core::ServiceSpec, report: &mut Report) -> Option<u32> {

@@ -57,6 +57,7 @@ pub fn service(name: &str, cluster_ips: &[&str]) -> Service {
         external_policy: ExternalPolicy::Cluster,
         affinity_timeout_s: None,
         proxy_name: None,
+        health_check: None,
         ports: vec![port("", Protocol::Tcp, 80, 0)],
     }
 }
