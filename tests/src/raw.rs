@@ -7,7 +7,7 @@ use std::{
     io,
     mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    os::fd::AsRawFd as _,
+    os::fd::{AsRawFd, RawFd},
     time::{Duration, Instant},
 };
 
@@ -46,22 +46,11 @@ impl Raw {
         /// `IPPROTO_RAW`: sends only.
         const RAW: u8 = 255;
         let raw = Self::open(place, family, RAW)?;
-        let (level, option) = match family {
+        let option = match family {
             Family::V4 => (libc::IPPROTO_IP, libc::IP_HDRINCL),
             Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_HDRINCL),
         };
-        let on: libc::c_int = 1;
-        // SAFETY: an open socket, and the address and size of an int that lives through the call.
-        let done = unsafe {
-            libc::setsockopt(
-                raw.socket.as_raw_fd(),
-                level,
-                option,
-                (&raw const on).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            )
-        };
-        ensure!(done == 0, "IP_HDRINCL in {}: {}", place.name, io::Error::last_os_error());
+        set(&raw.socket, option, 1).with_context(|| format!("IP_HDRINCL in {}", place.name))?;
         Ok(raw)
     }
 
@@ -103,6 +92,41 @@ impl Raw {
             }
         }
     }
+}
+
+impl AsRawFd for Raw {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+/// Has a socket send whatever its device takes, in one piece and with DF, also if the host has learned of a smaller link.
+pub fn never_fragment(socket: &impl AsRawFd, family: Family) -> io::Result<()> {
+    let option = match family {
+        Family::V4 => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
+        Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
+    };
+    // IP_PMTUDISC_PROBE and IPV6_PMTUDISC_PROBE.
+    set(socket, option, 3)
+}
+
+/// Sets a socket option, given by level and number.
+fn set(
+    socket: &impl AsRawFd,
+    (level, option): (libc::c_int, libc::c_int),
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: an open socket, and the address and size of an int that lives through the call.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn domain(family: Family) -> Domain {

@@ -4,7 +4,6 @@ use std::{
     fs,
     io::Read as _,
     net::{SocketAddr, UdpSocket},
-    os::fd::AsRawFd as _,
     thread,
     time::Duration,
 };
@@ -85,7 +84,7 @@ fn j1_a_small_link_to_the_backend_is_told_to_the_client() {
                 let what = format!("{} -> {kind} {to} ({pod})", from.name);
                 let icmp = Raw::icmp(from, family).unwrap();
                 let socket = raw::udp(from, family, 0).unwrap();
-                probe(&socket, family);
+                raw::never_fragment(&socket, family).unwrap();
                 // Fits the first link.
                 socket.send_to(&[7; 1_440], to).unwrap();
                 match error_about(&icmp, socket.local_addr().unwrap(), to) {
@@ -117,7 +116,7 @@ fn j1_a_small_link_to_the_client_is_told_to_the_backend_that_owns_the_flow() {
             let what = format!("{kind} {to} ({pod})");
             let backend = cluster.pod(pod);
             let server = raw::udp(backend, family, ANSWERS).unwrap();
-            probe(&server, family);
+            raw::never_fragment(&server, family).unwrap();
             let client = raw::udp(&cluster.client, family, 0).unwrap();
             let seen = heard(&client, &server, to);
             small_link_to_client(&cluster, &format!("mtu lock {SMALL}"));
@@ -131,27 +130,6 @@ fn j1_a_small_link_to_the_client_is_told_to_the_backend_that_owns_the_flow() {
         }
         assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
     }
-}
-
-/// Has a socket send what its device takes, never in fragments, whatever the host has learned about the path before.
-fn probe(socket: &UdpSocket, family: Family) {
-    let (level, option) = match family {
-        Family::V4 => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER),
-        Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER),
-    };
-    // IP_PMTUDISC_PROBE and IPV6_PMTUDISC_PROBE.
-    let probe: libc::c_int = 3;
-    // SAFETY: an open socket, and the address and size of an int that lives through the call.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            (&raw const probe).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Sends datagrams to a frontend until the server hears one; the address that it saw.

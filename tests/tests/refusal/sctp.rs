@@ -15,7 +15,7 @@ use lb_tests::{
     cluster::{Cluster, POD_PORT},
     manifests::Service,
     place::{Family, Place},
-    raw::{IcmpError, Raw},
+    raw::{IcmpError, Raw, never_fragment},
     shared::SOON,
     wait_for,
 };
@@ -186,6 +186,8 @@ impl Association {
     fn open(from: &Place, to: SocketAddr, sport: u16) -> Result<Self, String> {
         let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
         let raw = Raw::open(from, family, SCTP).unwrap();
+        // As SCTP stacks do: what is too big is cut into smaller chunks, never into IP fragments.
+        never_fragment(&raw, family).unwrap();
         let tag = 0x1000_0000 + u32::from(sport);
         let mut association = Self { raw, to, sport, tag, peer_tag: 0 };
         let ack = association.ask(INIT, init(tag), INIT_ACK)?;
