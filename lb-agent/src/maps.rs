@@ -14,6 +14,7 @@ use lb_common::{
     V4, V6,
     affinity::MemberKey,
     backend::Backend as RawBackend,
+    cidr::ServiceCidr,
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord},
     maps::name,
 };
@@ -26,6 +27,7 @@ mod clock;
 mod devices;
 mod flows;
 mod mmap;
+mod ranges;
 mod scrape;
 mod stats;
 mod sys;
@@ -37,6 +39,7 @@ pub use devices::Devices;
 pub use flows::{FlowTable, FlowTables};
 pub(crate) use flows::{read_error, reply_answered};
 pub use mmap::MmapArray;
+use ranges::{RangeKey4, RangeKey6};
 pub use scrape::Scrape;
 pub use stats::{Counters, ServiceCounters};
 pub use table::{Table, Walk, Written};
@@ -92,6 +95,7 @@ pub fn capacity_option(map: &str) -> &'static str {
         name::FLOWS4 | name::FLOWS6 => "--max-flows",
         name::AFFINITY4 | name::AFFINITY6 => "--max-affinity",
         name::SOCKETS => "--max-sockets",
+        name::SOURCE_RANGES4 | name::SOURCE_RANGES6 => "--max-source-ranges",
         _ => "fixed",
     }
 }
@@ -137,6 +141,10 @@ pub struct Maps {
     backends4: MmapArray<RawBackend<V4>>,
     backends6: MmapArray<RawBackend<V6>>,
     members: Table<MemberKey, u32>,
+    ranges4: Table<RangeKey4, u32>,
+    ranges6: Table<RangeKey6, u32>,
+    cidrs4: MmapArray<ServiceCidr<V4>>,
+    cidrs6: MmapArray<ServiceCidr<V6>>,
     names: Table<u32, ServiceName>,
     stats: ServiceCounters,
 }
@@ -144,7 +152,7 @@ pub struct Maps {
 impl Maps {
     /// Opens the maps pinned in `dir` (`<state_dir>/v<LAYOUT_VERSION>/maps`).
     pub fn open(dir: &Path) -> Result<Self, MapError> {
-        let hash = &[MapType::Hash];
+        let (hash, trie) = (&[MapType::Hash], &[MapType::LpmTrie]);
         Ok(Self {
             frontends4: Table::open(dir, name::FRONTENDS4, hash)?,
             frontends6: Table::open(dir, name::FRONTENDS6, hash)?,
@@ -153,6 +161,10 @@ impl Maps {
             backends4: MmapArray::open(dir, name::BACKENDS4)?,
             backends6: MmapArray::open(dir, name::BACKENDS6)?,
             members: Table::open(dir, name::AFFINITY_MEMBERS, hash)?,
+            ranges4: Table::open(dir, name::SOURCE_RANGES4, trie)?,
+            ranges6: Table::open(dir, name::SOURCE_RANGES6, trie)?,
+            cidrs4: MmapArray::open(dir, name::SERVICE_CIDRS4)?,
+            cidrs6: MmapArray::open(dir, name::SERVICE_CIDRS6)?,
             names: Table::open(dir, name::SERVICE_NAMES, hash)?,
             stats: ServiceCounters::open(dir)?,
         })
@@ -166,6 +178,7 @@ impl Maps {
             slots: self.slots.capacity(),
             backends: self.backends4.capacity().min(self.backends6.capacity()),
             members: self.members.capacity(),
+            source_ranges: self.ranges4.capacity().min(self.ranges6.capacity()),
         }
     }
 
@@ -174,5 +187,7 @@ impl Maps {
         self.frontends4.without_batches();
         self.frontends6.without_batches();
         self.members.without_batches();
+        self.ranges4.without_batches();
+        self.ranges6.without_batches();
     }
 }

@@ -1,4 +1,4 @@
-//! The cluster as far as it matters here: Services, their EndpointSlices, this node. No Kubernetes types, no I/O.
+//! The cluster as far as it matters here: Services, their EndpointSlices, ServiceCIDRs, this node. No Kubernetes types, no I/O.
 //!
 //! [`convert`] makes these objects from the API's, [`Model::apply`] keeps them and tells which Services to plan again.
 
@@ -7,6 +7,8 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
+
 pub mod convert;
 mod names;
 mod object;
@@ -14,7 +16,7 @@ mod object;
 use names::Names;
 pub use object::{
     AddressType, Conditions, Endpoint, EndpointSlice, ExternalPolicy, HealthCheck, Hints, InternalPolicy,
-    Node, Service, ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
+    Node, Service, ServiceCidr, ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
 };
 
 /// One change of the cluster.
@@ -26,6 +28,8 @@ pub enum Change {
     DeleteSlice(SliceKey),
     Node(Node),
     DeleteNode(Arc<str>),
+    ServiceCidr(ServiceCidr),
+    DeleteServiceCidr(Arc<str>),
 }
 
 /// What a change makes stale.
@@ -38,6 +42,8 @@ pub enum Dirty {
     Services(Vec<ServiceKey>),
     /// This node's own zone or addresses changed, and with them possibly every Service.
     All,
+    /// No Service, but where ClusterIPs come from.
+    ServiceCidrs,
 }
 
 /// All objects that matter to one node, by key.
@@ -45,6 +51,8 @@ pub enum Dirty {
 pub struct Model {
     node_name: Arc<str>,
     node: Option<Node>,
+    /// Few: by name.
+    service_cidrs: BTreeMap<Arc<str>, ServiceCidr>,
     services: BTreeMap<ServiceKey, Service>,
     /// Slices by the Service that their label names, sorted by name. Most Services have one: a tree for each would cost
     /// more memory than all endpoints.
@@ -60,6 +68,7 @@ impl Model {
         Self {
             node_name: node_name.into(),
             node: None,
+            service_cidrs: BTreeMap::new(),
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             slice_service: HashMap::new(),
@@ -90,6 +99,11 @@ impl Model {
         self.slices.get(service).into_iter().flatten()
     }
 
+    /// The prefixes of all ServiceCIDRs.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = &IpNet> {
+        self.service_cidrs.values().flat_map(|object| &object.cidrs)
+    }
+
     /// Takes the change in.
     pub fn apply(&mut self, change: Change) -> Dirty {
         match change {
@@ -102,6 +116,17 @@ impl Model {
             Change::DeleteSlice(key) => self.delete_slice(&key),
             Change::Node(node) if node.name == self.node_name => self.replace_node(Some(node)),
             Change::DeleteNode(name) if name == self.node_name => self.replace_node(None),
+            Change::ServiceCidr(object) => {
+                let name = object.name.clone();
+                match self.service_cidrs.insert(name, object.clone()) {
+                    Some(known) if known == object => Dirty::Nothing,
+                    _ => Dirty::ServiceCidrs,
+                }
+            }
+            Change::DeleteServiceCidr(name) => match self.service_cidrs.remove(&name) {
+                Some(_) => Dirty::ServiceCidrs,
+                None => Dirty::Nothing,
+            },
             // Other nodes' labels and addresses mean nothing here: slices carry the hints.
             Change::Node(_) | Change::DeleteNode(_) => Dirty::Nothing,
         }

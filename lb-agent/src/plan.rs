@@ -17,30 +17,37 @@ use crate::{
 };
 
 pub mod actual;
+mod addresses;
 mod backends;
+mod cidrs;
 pub mod desired;
 mod draft;
 pub mod endpoints;
 mod frontends;
+pub mod held;
 mod ids;
 pub mod no_local;
 pub mod nodeport;
 pub mod op;
+mod ranges;
 mod record;
 mod recover;
 pub mod rejection;
 mod slots;
 
-pub use actual::{ActualService, ActualState};
+pub use actual::{ActualCidr, ActualService, ActualState};
 pub use desired::NodeView;
+pub use held::Held;
 pub use op::MapOp;
 pub use rejection::{Anomaly, Rejection, Resource};
 
 use self::{
+    addresses::Addresses,
     backends::Backends,
+    cidrs::Cidrs,
     desired::{Desired, desired},
     draft::Draft,
-    frontends::{Frontends, Rank},
+    frontends::{Frontends, Rank, Room},
     ids::Ids,
     no_local::{NoLocal, NoLocalEndpoints},
     op::Family,
@@ -59,6 +66,8 @@ pub struct Capacities {
     /// Per family.
     pub backends: u32,
     pub members: u32,
+    /// Per family.
+    pub source_ranges: u32,
 }
 
 impl From<&settings::Capacities> for Capacities {
@@ -69,6 +78,7 @@ impl From<&settings::Capacities> for Capacities {
             slots: c.slots,
             backends: c.backends,
             members: c.backends,
+            source_ranges: c.source_ranges,
         }
     }
 }
@@ -111,6 +121,13 @@ pub struct Planner {
     backends4: Backends,
     backends6: Backends,
     frontends: Frontends,
+    addresses: Addresses,
+    /// Of frontends and addresses.
+    room: Room,
+    /// What each Service says about addresses as a whole.
+    claimed: BTreeMap<ServiceKey, BTreeSet<(IpAddr, u32)>>,
+    cidrs: Cidrs,
+    range_room: Room,
     members_in_kernel: u32,
     /// What the last plan of each Service left out.
     rejected: BTreeMap<ServiceKey, BTreeSet<Rejection>>,
@@ -119,6 +136,9 @@ pub struct Planner {
     /// What the kernel had at start and no record owns: goes with the first plan.
     leftovers: Option<Leftovers>,
     no_local: NoLocal,
+    /// Services with records of an earlier run that have not been planned since.
+    inherited: BTreeSet<ServiceKey>,
+    held: Held,
 }
 
 impl Planner {
@@ -130,7 +150,8 @@ impl Planner {
     /// Plans every Service of the model, and away with everything in the kernel that none of them wants.
     pub fn plan_all(&mut self, model: &Model, node: &NodeView) -> Plan {
         let known = model.services().map(|(key, _)| key);
-        let work: BTreeSet<ServiceKey> = known.chain(self.owned.keys()).cloned().collect();
+        let had = self.owned.keys().chain(self.claimed.keys());
+        let work: BTreeSet<ServiceKey> = known.chain(had).cloned().collect();
         self.rejected.retain(|key, _| work.contains(key));
         self.retry = false;
         self.no_local = NoLocal::default();
@@ -138,8 +159,10 @@ impl Planner {
         let leftovers = self.leftovers.take().unwrap_or_default();
         leftovers.plan(&mut draft);
         self.frontends.touch_all();
+        self.addresses.touch_all();
         self.backends4.touch_all();
         self.backends6.touch_all();
+        self.claim_held(model);
         self.plan(model, node, work, draft)
     }
 
@@ -164,7 +187,8 @@ impl Planner {
     /// Everything that is left out at present, sorted.
     pub fn rejections(&self) -> Vec<Rejection> {
         let taken = self.frontends.rejections(rank(&self.records));
-        let all: BTreeSet<Rejection> = self.rejected.values().flatten().cloned().chain(taken).collect();
+        let rejected = self.rejected.values().flatten().cloned();
+        let all: BTreeSet<Rejection> = rejected.chain(taken).chain(self.cidrs.rejections()).collect();
         all.into_iter().collect()
     }
 
@@ -175,6 +199,9 @@ impl Planner {
 
     fn plan(&mut self, model: &Model, node: &NodeView, work: BTreeSet<ServiceKey>, mut draft: Draft) -> Plan {
         for key in &work {
+            if self.is_held(key, model) {
+                continue;
+            }
             self.rejected.remove(key);
             let service = model.service(key);
             let wanted =
@@ -182,7 +209,11 @@ impl Planner {
             self.no_local.update(key, service, &wanted);
             self.plan_service(key, wanted, &mut draft);
         }
-        self.frontends.finish(rank(&self.records), &mut draft);
+        self.frontends.finish(rank(&self.records), &mut self.addresses, &mut self.room, &mut draft);
+        self.addresses.finish(&mut self.room, !self.held.is_empty(), &mut draft);
+        self.reject_unknown_addresses(&work, &mut draft);
+        let cidrs = model.service_cidrs().chain(&node.service_cidrs);
+        self.cidrs.plan(cidrs, |family| self.addresses.around_cluster_ips(family), &mut draft);
         for backends in [&mut self.backends4, &mut self.backends6] {
             backends.finish(&mut draft.backends, &mut draft.clear_backends);
         }
@@ -190,7 +221,9 @@ impl Planner {
     }
 
     fn plan_service(&mut self, key: &ServiceKey, wanted: Desired, draft: &mut Draft) {
+        self.inherited.remove(key);
         draft.rejections.extend(wanted.rejections);
+        self.plan_addresses(key, wanted.addresses);
         let before = self.owned.remove(key).unwrap_or_default();
         let mut kept = Vec::with_capacity(wanted.records.len());
         for desired in &wanted.records {
@@ -214,6 +247,7 @@ impl Planner {
                 draft.names.push(MapOp::NameService { service: id, name: desired.name.clone() });
                 self.by_name.insert(record.name.clone(), id);
             }
+            self.plan_ranges(id, &mut record, &desired.source_ranges, draft);
             self.plan_claims(id, &mut record, &desired.frontends);
             self.plan_retirement(id, &mut record, &desired.sets, draft);
             self.records.insert(id, record);
@@ -224,6 +258,38 @@ impl Planner {
         }
         if !kept.is_empty() {
             self.owned.insert(key.clone(), kept);
+        }
+    }
+
+    /// Has a Service say this about addresses as a whole, and nothing else.
+    fn plan_addresses(&mut self, key: &ServiceKey, wanted: BTreeSet<(IpAddr, u32)>) {
+        let before = self.claimed.remove(key).unwrap_or_default();
+        for (addr, kind) in &wanted {
+            if before.contains(&(*addr, *kind)) {
+                self.addresses.touch(*addr);
+            } else {
+                self.addresses.claim(*addr, *kind);
+            }
+        }
+        for (addr, kind) in before.difference(&wanted) {
+            self.addresses.withdraw(*addr, *kind);
+        }
+        if !wanted.is_empty() {
+            self.claimed.insert(key.clone(), wanted);
+        }
+    }
+
+    /// Addresses share the maps of the frontends, which may be full.
+    fn reject_unknown_addresses(&self, work: &BTreeSet<ServiceKey>, draft: &mut Draft) {
+        for key in work {
+            let claimed = self.claimed.get(key).into_iter().flatten();
+            let unknown = claimed.filter(|(addr, _)| !self.addresses.is_known(*addr));
+            draft.rejections.extend(unknown.map(|(addr, _)| Rejection::Full {
+                service: key.clone(),
+                record: key.to_string(),
+                resource: Resource::Frontends(Family::of(*addr)),
+                capacity: self.capacities.frontends,
+            }));
         }
     }
 
@@ -239,8 +305,15 @@ impl Planner {
         draft.rejections.sort_unstable();
         draft.rejections.dedup();
         for rejection in draft.rejections.iter().filter(|r| !matches!(r, Rejection::FrontendTaken { .. })) {
-            self.rejected.entry(rejection.service().clone()).or_default().insert(rejection.clone());
+            let Some(service) = rejection.service() else { continue };
+            self.rejected.entry(service.clone()).or_default().insert(rejection.clone());
         }
+        for op in &draft.delete_ranges {
+            if let MapOp::DeleteRange { net, .. } = op {
+                self.range_room.free_after_plan(Family::of_net(net));
+            }
+        }
+        draft.freed |= self.room.complete() | self.range_room.complete();
         self.retry |= draft.frees();
         draft.retired.sort_by_key(|r| r.service);
         Plan {

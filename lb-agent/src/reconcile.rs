@@ -173,6 +173,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         match &event {
             Event::Apply(object) => core.apply(object),
             Event::Delete(object) => core.delete(object),
+            Event::Missing(missing) => core.missing(missing),
             Event::Synced => return Ok(true),
         }
         let changed = core.revision() != revision;
@@ -269,7 +270,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                     metrics.operations(kind, *count);
                 }
                 metrics.set_rejected(outcome.rejected);
-                if !outcome.retired.is_empty() {
+                if outcome.recovered || !outcome.retired.is_empty() {
                     // Without a sweeper the flows run into their timeouts.
                     let _ = retired.send(outcome.retired);
                 }

@@ -103,6 +103,8 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
         name: settings.node_name.clone(),
         nodeport_addresses: settings.nodeport_addresses.clone(),
         allow_external_ips: settings.allow_external_ips.clone(),
+        localhost_nodeports: settings.localhost_nodeports,
+        service_cidrs: settings.service_cidrs.clone(),
     };
     let wiring = Wiring {
         events,

@@ -5,12 +5,13 @@ pub mod manifests;
 pub mod status;
 pub mod strip;
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use k8s_openapi::{
     api::{
         core::v1::{Node, Service},
         discovery::v1::EndpointSlice,
+        networking::v1::ServiceCIDR,
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
@@ -24,9 +25,17 @@ pub enum Kind {
     Service,
     EndpointSlice,
     Node,
+    ServiceCidr,
 }
 
-/// What an object is called. `namespace` is empty for Nodes.
+impl Kind {
+    /// Objects of this kind have a namespace.
+    pub const fn is_namespaced(self) -> bool {
+        matches!(self, Self::Service | Self::EndpointSlice)
+    }
+}
+
+/// What an object is called. `namespace` is empty for kinds without namespaces.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectRef {
     pub kind: Kind,
@@ -40,6 +49,17 @@ pub enum Object {
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
     Node(Box<Node>),
+    ServiceCidr(Box<ServiceCIDR>),
+}
+
+/// Objects that are there and cannot be read, and could not be read since the agent started: what an earlier run knew of
+/// them may still be in the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Services that are missing themselves, or of whose EndpointSlices one is: namespace and name.
+    pub services: BTreeSet<(String, String)>,
+    /// Something that cannot even be told what it is.
+    pub unknown: bool,
 }
 
 /// What a source tells.
@@ -49,6 +69,8 @@ pub enum Event {
     Apply(Object),
     /// The object is gone. Also sent for objects that a fresh list no longer has.
     Delete(ObjectRef),
+    /// These cannot be read, as of now. Not sent before there is one; before [`Event::Synced`] if there is one by then.
+    Missing(Missing),
     /// Everything known at start has been sent: until then nothing may be programmed. Sent once.
     Synced,
 }
@@ -59,6 +81,7 @@ impl Object {
             Self::Service(_) => Kind::Service,
             Self::EndpointSlice(_) => Kind::EndpointSlice,
             Self::Node(_) => Kind::Node,
+            Self::ServiceCidr(_) => Kind::ServiceCidr,
         }
     }
 
@@ -67,6 +90,7 @@ impl Object {
             Self::Service(o) => &o.metadata,
             Self::EndpointSlice(o) => &o.metadata,
             Self::Node(o) => &o.metadata,
+            Self::ServiceCidr(o) => &o.metadata,
         }
     }
 
@@ -99,12 +123,19 @@ impl From<Node> for Object {
     }
 }
 
+impl From<ServiceCIDR> for Object {
+    fn from(object: ServiceCIDR) -> Self {
+        Self::ServiceCidr(Box::new(object))
+    }
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
         })
     }
 }

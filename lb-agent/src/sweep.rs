@@ -23,6 +23,8 @@ use lb_common::{
     Addr,
     addr::ToIp,
     conntrack::{Flow, Timeouts, flags},
+    frontend::ServiceRecord,
+    maps::name,
     tuple::Tuple,
     verdict::Counter,
 };
@@ -31,7 +33,7 @@ pub use schedule::{Depth, Schedule};
 use tokio::sync::mpsc;
 
 use crate::{
-    maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, read_error},
+    maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, MmapArray, read_error},
     metrics::kube_proxy::KubeProxy,
     plan::{Retired, op::Family},
 };
@@ -71,6 +73,7 @@ pub struct Sweeper {
     clock: KernelClock,
     flows: FlowTables,
     counters: Counters,
+    services: MmapArray<ServiceRecord>,
     timeouts: Timeouts,
     entries: Arc<FlowEntries>,
     metrics: Option<KubeProxy>,
@@ -84,6 +87,7 @@ impl Sweeper {
             clock: KernelClock::open(dir)?,
             flows: FlowTables::open(&maps)?,
             counters: Counters::open(&maps)?,
+            services: MmapArray::open(&maps, name::SERVICES)?,
             timeouts,
             entries,
             metrics: None,
@@ -107,26 +111,27 @@ impl Sweeper {
         Ok([v4, v6])
     }
 
-    /// Deletes the UDP flows of these records to backends that no longer serve; how many there were. Blocks.
+    /// Deletes the UDP flows of these records to backends that no longer serve, and those of records that nobody uses; how
+    /// many there were. Blocks.
     pub fn purge(&self, retired: &[Retired]) -> Result<u64, SweepError> {
         let now = self.clock.jiffies()?;
-        let v4 = self.purge_table(&self.flows.v4, &Serving::of(Family::V4, retired, now), Family::V4)?;
-        Ok(v4 + self.purge_table(&self.flows.v6, &Serving::of(Family::V6, retired, now), Family::V6)?)
+        let in_use = |id| self.services.load(id).is_some_and(|record| record.in_use != 0);
+        let v4 = Serving::of(Family::V4, retired, &in_use, now);
+        let v4 = self.purge_table(&self.flows.v4, &v4, Family::V4)?;
+        let v6 = Serving::of(Family::V6, retired, &in_use, now);
+        Ok(v4 + self.purge_table(&self.flows.v6, &v6, Family::V6)?)
     }
 
     fn purge_table<A: Addr + ToIp>(
         &self,
         table: &FlowTable<A>,
-        serving: &Serving,
+        serving: &Serving<'_>,
         family: Family,
     ) -> Result<u64, SweepError>
     where
         Tuple<A>: Pod,
         Flow<A>: Pod,
     {
-        if serving.is_empty() {
-            return Ok(0);
-        }
         let begun = Instant::now();
         let flows = purge(table, serving)?;
         if let Some(metrics) = &self.metrics {

@@ -151,7 +151,7 @@ fn probes_ask_what_the_agent_serves() {
     assert_eq!(path(&container.readiness_probe), "/readyz");
 }
 
-/// The sources list and watch three kinds (`source/kube.rs`), `healthcheck/events.rs` writes Events; nothing else is asked for.
+/// The sources list and watch four kinds (`source/kube.rs`), `healthcheck/events.rs` writes Events; nothing else is asked for.
 #[test]
 fn the_role_allows_what_the_agent_asks_for_and_no_more() {
     let role: ClusterRole = the("ClusterRole");
@@ -166,7 +166,9 @@ fn the_role_allows_what_the_agent_asks_for_and_no_more() {
         }
     }
     let mut needed = BTreeSet::new();
-    for resource in ["services.", "nodes.", "endpointslices.discovery.k8s.io"] {
+    for resource in
+        ["services.", "nodes.", "endpointslices.discovery.k8s.io", "servicecidrs.networking.k8s.io"]
+    {
         for verb in ["list", "watch"] {
             needed.insert(format!("{verb} {resource}"));
         }

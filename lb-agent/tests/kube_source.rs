@@ -5,12 +5,17 @@ mod api_server;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use api_server::{ApiServer, Cut, NODES, SERVICES, SLICES};
+use api_server::{ApiServer, Cut, NODES, SERVICE_CIDRS, SERVICES, SLICES};
 use lb_agent::source::{Event, Kind, Object, kube, status::SourceStatus};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 
-const SELECTOR: &str = "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name";
+/// Services of other proxies are read: packets to their ClusterIPs are not to be dropped.
+const SELECTORS: [(&str, &str); 3] = [
+    (SERVICES, "!service.kubernetes.io/headless"),
+    (SLICES, "!service.kubernetes.io/headless,!service.kubernetes.io/service-proxy-name"),
+    (SERVICE_CIDRS, ""),
+];
 
 /// Far longer than any back-off in these tests; only a test that fails waits for it.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -108,7 +113,7 @@ impl Bed {
         self.server.requests().iter().filter(|r| r.path == path && r.is_watch() == watch).count()
     }
 
-    /// Waits until all three watches stand.
+    /// Waits until the three watches stand that matter for being connected.
     async fn watching(&self) {
         self.until("all watches stand", |bed| {
             [SERVICES, SLICES, NODES].iter().all(|path| bed.count(path, true) > 0)
@@ -121,6 +126,7 @@ fn name(event: &Event) -> String {
     match event {
         Event::Apply(object) => format!("+{}", object.reference().name),
         Event::Delete(reference) => format!("-{}", reference.name),
+        Event::Missing(_) => "missing".into(),
         Event::Synced => "synced".into(),
     }
 }
@@ -137,7 +143,7 @@ async fn lists_in_pages_then_syncs_then_follows() {
     let Event::Delete(gone) = bed.next().await else { panic!() };
     assert_eq!((gone.kind, &*gone.namespace, &*gone.name), (Kind::EndpointSlice, "ns", "a-1"));
     assert!(bed.status.connected());
-    assert_eq!(bed.status.relists(), 3);
+    assert_eq!(bed.status.relists(), 4);
 }
 
 #[tokio::test]
@@ -150,7 +156,7 @@ async fn asks_only_for_what_is_needed() {
         if request.path == NODES {
             assert_eq!(request.get("fieldSelector"), "metadata.name=n1", "{request:?}");
         } else {
-            assert_eq!(request.get("labelSelector"), SELECTOR, "{request:?}");
+            assert!(SELECTORS.contains(&(&request.path, request.get("labelSelector"))), "{request:?}");
         }
         if request.is_watch() {
             assert_eq!(request.get("allowWatchBookmarks"), "true", "{request:?}");
@@ -190,6 +196,40 @@ async fn is_not_in_sync_before_all_kinds_are_listed() {
     assert!(!bed.status.connected());
     bed.server.refuse(NODES, None);
     assert_eq!(bed.next().await, Event::Synced);
+}
+
+#[tokio::test]
+async fn c7_service_cidrs_are_followed() {
+    let server = ApiServer::start().await;
+    server.apply(SERVICE_CIDRS, "kubernetes", json!({"spec": {"cidrs": ["10.96.0.0/16"]}}));
+    let mut bed = connect(server).await;
+    assert_eq!(bed.synced().await, ["+kubernetes".to_owned()].into());
+    bed.until("the watch stands", |bed| bed.count(SERVICE_CIDRS, true) > 0).await;
+    bed.server.apply(SERVICE_CIDRS, "more", json!({"spec": {"cidrs": ["10.97.0.0/16"]}}));
+    let Event::Apply(Object::ServiceCidr(more)) = bed.next().await else { panic!() };
+    assert_eq!(more.spec.unwrap().cidrs.unwrap(), ["10.97.0.0/16"]);
+    bed.server.delete(SERVICE_CIDRS, "kubernetes");
+    let Event::Delete(gone) = bed.next().await else { panic!() };
+    assert_eq!((gone.kind, &*gone.namespace, &*gone.name), (Kind::ServiceCidr, "", "kubernetes"));
+}
+
+#[tokio::test]
+async fn c7_a_server_without_service_cidrs_is_as_good_as_any() {
+    for code in [404, 403, 503] {
+        let server = ApiServer::start().await;
+        server.apply(SERVICES, "a", service("10.96.0.1"));
+        server.refuse(SERVICE_CIDRS, Some(code));
+        let mut bed = connect(server).await;
+        assert_eq!(bed.synced().await, ["+a".to_owned()].into(), "{code}");
+        bed.watching().await;
+        bed.until("connected", |bed| bed.status.connected()).await;
+        // Only what may pass by itself is tried again soon.
+        if code == 503 {
+            bed.until("asked again", |bed| bed.count(SERVICE_CIDRS, false) > 1).await;
+        } else {
+            assert_eq!(bed.count(SERVICE_CIDRS, false), 1, "{code}");
+        }
+    }
 }
 
 async fn gone(as_status: bool) {
@@ -239,7 +279,7 @@ async fn resumes_where_a_connection_broke_off() {
         bed.expect(&["+d"]).await;
         bed.server.apply(SLICES, "d-1", json!({"addressType": "IPv4", "endpoints": []}));
         bed.expect(&["+d-1"]).await;
-        assert_eq!(bed.status.relists(), 3, "{how:?}: listed again");
+        assert_eq!(bed.status.relists(), 4, "{how:?}: listed again");
     }
 }
 
@@ -262,7 +302,7 @@ async fn resumes_from_the_last_bookmark() {
         requests.iter().any(|r| r.path == SERVICES && r.is_watch() && r.get("resourceVersion") == bookmark)
     })
     .await;
-    assert_eq!(bed.status.relists(), 3);
+    assert_eq!(bed.status.relists(), 4);
 }
 
 #[tokio::test]
@@ -279,7 +319,7 @@ async fn outlives_an_api_server_that_is_away() {
     bed.expect(&["+d", "-a"]).await;
     // The other kinds have nothing to tell, and still count as connected after a while.
     bed.until("connected again", |bed| bed.status.connected()).await;
-    assert_eq!(bed.status.relists(), 3, "listed again");
+    assert_eq!(bed.status.relists(), 4, "listed again");
     assert!(bed.status.reconnects() > 0);
 }
 

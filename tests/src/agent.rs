@@ -36,19 +36,16 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts the agent of a node.
+    /// Starts the agent of a node. It reads the manifests unless a flag names another source.
     pub fn start(node: &Node, log: &Path, manifests: &Manifests, flags: &[String]) -> anyhow::Result<Self> {
-        Self::start_from(node, log, &format!("manifests:{}", manifests.dir().display()), flags)
-    }
-
-    /// The same with any source of objects.
-    pub fn start_from(node: &Node, log: &Path, source: &str, flags: &[String]) -> anyhow::Result<Self> {
         let output =
             File::options().create(true).append(true).open(log).context("cannot open the agent's log")?;
         let mut command = node.place.command(&sibling("lb-agent")?)?;
+        command.arg("run");
+        if !flags.iter().any(|f| f.starts_with("--source=")) {
+            command.arg(format!("--source=manifests:{}", manifests.dir().display()));
+        }
         command
-            .arg("run")
-            .arg(format!("--source={source}"))
             .arg(format!("--hostname-override={}", node.place.name))
             .arg("--external-device=eth0")
             .arg(format!("--state-dir={}", node.state_dir().display()))
@@ -94,6 +91,11 @@ impl Agent {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Sends it a signal, such as `USR1`.
+    pub fn signal(&self, signal: &str) -> anyhow::Result<()> {
+        succeed(Command::new("kill").arg(format!("-{signal}")).arg(self.child.id().to_string())).map(drop)
     }
 
     /// SIGTERM, then waits for its end.

@@ -166,11 +166,25 @@ impl Cluster {
 
     /// Starts the agent of a node and waits until it is ready.
     pub fn start_agent(&mut self, number: u8) -> anyhow::Result<()> {
+        self.restart_agent(number, &[])
+    }
+
+    /// Ends the agent of a node, if there is one, starts another one with these flags beside those of the cluster, and
+    /// waits until it is ready.
+    pub fn restart_agent(&mut self, number: u8, flags: &[&str]) -> anyhow::Result<()> {
+        self.launch_agent(number, flags)?;
+        self.agent(number).wait_ready()
+    }
+
+    /// The same without waiting.
+    pub fn launch_agent(&mut self, number: u8, flags: &[&str]) -> anyhow::Result<()> {
+        let name = self.node(number).place.name.clone();
+        drop(self.agents.remove(&name));
+        let all: Vec<String> =
+            self.options.agent_flags.iter().cloned().chain(flags.iter().map(|f| (*f).to_owned())).collect();
         let node = self.node(number);
-        let mut agent =
-            Agent::start(node, &node.dir.join("agent.log"), &self.manifests, &self.options.agent_flags)?;
-        agent.wait_ready()?;
-        self.agents.insert(self.node(number).place.name.clone(), agent);
+        let agent = Agent::start(node, &node.dir.join("agent.log"), &self.manifests, &all)?;
+        self.agents.insert(name, agent);
         Ok(())
     }
 

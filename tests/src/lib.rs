@@ -7,6 +7,7 @@
 //! * [`raw`] sends and shows what ordinary sockets do not: single packets, ICMP;
 //! * [`expect`] knows what each of them should have seen;
 //! * [`manifests`] are the objects that agents read;
+//! * [`rule`] is one rule of Service semantics at work: a fixture, and a table of what traffic gets;
 //! * [`janitor`] takes everything down again, whatever becomes of the process that made it.
 
 pub mod agent;
@@ -20,6 +21,7 @@ pub mod netns;
 pub mod packets;
 pub mod place;
 pub mod raw;
+pub mod rule;
 pub mod shared;
 pub mod traffic;
 

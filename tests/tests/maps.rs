@@ -10,9 +10,13 @@ use std::{
 use anyhow::{Context as _, Result};
 use aya::{
     EbpfLoader,
-    maps::{Map, MapData, MapType, PerCpuArray},
+    maps::{
+        Map, MapData, MapType, PerCpuArray,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::Xdp,
 };
+use ipnet::IpNet;
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use lb_agent::{
     cli::Output,
@@ -20,7 +24,7 @@ use lb_agent::{
     maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table},
     metrics::Metrics,
     plan::{
-        ActualService, ActualState, Retired,
+        ActualCidr, ActualService, ActualState, Retired,
         op::{Backend, Family, Frontend, MapOp, Protocol},
     },
     reconcile::{Core, NodeRules},
@@ -29,13 +33,15 @@ use lb_agent::{
     sweep::{Depth, FlowEntries, Pass, Sweeper},
 };
 use lb_common::{
-    Be16, Be32, LAYOUT_VERSION, V4,
+    Be16, Be32, LAYOUT_VERSION, V4, V6, addr,
     affinity::MemberKey,
+    cidr::{self, ServiceCidr},
     conntrack::{Flow, Timeouts, flags as flow_flags, tcp},
     device::Device,
     frontend::{FrontendValue, ServiceRecord, ServiceStats, SlotRange, flags},
     maps::{name, program},
     proto,
+    source::SourceRange,
     tuple::Tuple,
     verdict::Counter,
 };
@@ -92,6 +98,14 @@ impl Drop for State {
     }
 }
 
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
 fn backend(addr: &str, port: u16, local: bool) -> Backend {
     Backend { addr: addr.parse().unwrap(), port, protocol: Protocol::Tcp, local }
 }
@@ -123,10 +137,18 @@ fn two_services() -> Vec<MapOp> {
         MapOp::PutMember { key: MemberKey { service: 1, backend: 2 }, bits: 1 },
         MapOp::WriteService { service: 1, record: record(SlotRange::new(0, 3), SlotRange::new(3, 1)) },
         MapOp::WriteService { service: 2, record: record(SlotRange::new(4, 1), SlotRange::EMPTY) },
+        MapOp::PutRange { service: 2, net: net("fd00:aa::/33") },
+        MapOp::PutRange { service: 1, net: net("10.9.0.0/17") },
+        MapOp::PutAddress { addr: ip("10.96.0.1"), kind: flags::KIND_CLUSTER_IP },
+        MapOp::PutAddress { addr: ip("fd00:96::1"), kind: flags::KIND_LOAD_BALANCER },
         MapOp::PutFrontend { frontend: frontend("10.96.0.1", 80), value: v4 },
         MapOp::PutFrontend { frontend: frontend("fd00:96::1", 80), value: v6 },
         MapOp::PutFrontend { frontend: frontend("192.168.7.2", 30080), value: node_port },
         MapOp::Grace,
+        MapOp::WriteCidr { index: 3, net: net("10.96.0.0/12") },
+        MapOp::SwitchCidr { family: Family::V4, index: 3, flags: 3 },
+        MapOp::WriteCidr { index: 0, net: net("fd00:96::/108") },
+        MapOp::SwitchCidr { family: Family::V6, index: 0, flags: 1 },
     ]
 }
 
@@ -153,6 +175,15 @@ fn state_of_two_services() -> ActualState {
         members: BTreeMap::from([
             (MemberKey { service: 1, backend: 1 }, 3),
             (MemberKey { service: 1, backend: 2 }, 1),
+        ]),
+        addresses: BTreeMap::from([
+            (ip("10.96.0.1"), FrontendValue { service: 0, flags: flags::KIND_CLUSTER_IP }),
+            (ip("fd00:96::1"), FrontendValue { service: 0, flags: flags::KIND_LOAD_BALANCER }),
+        ]),
+        ranges: BTreeSet::from([(1, net("10.9.0.0/17")), (2, net("fd00:aa::/33"))]),
+        cidrs: BTreeMap::from([
+            ((Family::V4, 3), ActualCidr { net: Some(net("10.96.0.0/12")), flags: 3 }),
+            ((Family::V6, 0), ActualCidr { net: Some(net("fd00:96::/108")), flags: 1 }),
         ]),
     }
 }
@@ -226,6 +257,12 @@ fn removal_leaves_nothing() -> Result<()> {
         MapOp::DeleteFrontend { frontend: frontend("fd00:96::1", 80) },
         MapOp::DeleteMember { key: MemberKey { service: 1, backend: 1 } },
         MapOp::DeleteMember { key: MemberKey { service: 1, backend: 2 } },
+        MapOp::DeleteAddress { addr: ip("10.96.0.1") },
+        MapOp::DeleteAddress { addr: ip("fd00:96::1") },
+        MapOp::DeleteRange { service: 1, net: net("10.9.0.0/17") },
+        MapOp::DeleteRange { service: 2, net: net("fd00:aa::/33") },
+        MapOp::SwitchCidr { family: Family::V4, index: 3, flags: 0 },
+        MapOp::SwitchCidr { family: Family::V6, index: 0, flags: 0 },
         MapOp::Grace,
         MapOp::ClearService { service: 1 },
         MapOp::ClearService { service: 2 },
@@ -286,6 +323,7 @@ fn a_full_map_is_named_with_its_option_and_stops_nothing_else() -> Result<()> {
             maps.without_batches();
         }
         let mut ops = two_services();
+        ops.retain(|op| !matches!(op, MapOp::PutAddress { .. }));
         ops.extend(many_frontends(150));
         let applied = maps.apply(&ops)?;
         let refused: BTreeMap<_, _> =
@@ -307,6 +345,89 @@ fn a_full_map_is_named_with_its_option_and_stops_nothing_else() -> Result<()> {
         assert!(maps.apply(&change)?.refused.is_empty());
         assert_eq!(maps.read_actual()?.frontends[&frontend("10.96.0.1", 80)], value);
     }
+    Ok(())
+}
+
+/// What the programs look up in a trie is what the agent wrote: the longest prefix of the record asked for, never another's.
+#[test]
+fn e1_source_ranges_are_found_by_record_and_address() -> Result<()> {
+    let state = State::new(&[])?;
+    let put = |service, range| MapOp::PutRange { service, net: net(range) };
+    let ops = [put(7, "10.1.0.0/16"), put(7, "192.0.2.1/32"), put(8, "10.2.0.0/15"), put(7, "fd00:aa::/33")];
+    assert_eq!(Maps::open(&state.maps())?.apply(&ops)?.done, 4);
+    let trie = |name| -> Result<Map> { Ok(Map::LpmTrie(MapData::from_pin(state.maps().join(name))?)) };
+    let four: LpmTrie<_, SourceRange<V4>, u32> = trie(name::SOURCE_RANGES4)?.try_into()?;
+    let admits = |service, addr: [u8; 4]| {
+        let data = SourceRange { service, addr: Ipv4Addr::from(addr).into() };
+        four.get(&Key::new(SourceRange::<V4>::LOOKUP_BITS, data), 0).is_ok()
+    };
+    assert!(admits(7, [10, 1, 255, 255]) && admits(7, [192, 0, 2, 1]) && admits(8, [10, 3, 0, 1]));
+    assert!(!admits(7, [10, 2, 0, 1]) && !admits(7, [192, 0, 2, 2]) && !admits(8, [10, 1, 0, 1]));
+    assert!(!admits(0, [10, 1, 0, 1]) && !admits(9, [10, 1, 0, 1]));
+    let six: LpmTrie<_, SourceRange<V6>, u32> = trie(name::SOURCE_RANGES6)?.try_into()?;
+    let admits = |service, addr: &str| {
+        let data = SourceRange { service, addr: addr::v6(addr.parse().unwrap()) };
+        six.get(&Key::new(SourceRange::<V6>::LOOKUP_BITS, data), 0).is_ok()
+    };
+    assert!(admits(7, "fd00:aa:7fff::1") && !admits(7, "fd00:aa:8000::1") && !admits(8, "fd00:aa::1"));
+    Ok(())
+}
+
+#[test]
+fn tries_are_written_and_read_back_with_and_without_batches_and_say_when_they_are_full() -> Result<()> {
+    for batches in [true, false] {
+        let state = State::new(&[(name::SOURCE_RANGES4, 5000)])?;
+        let mut maps = Maps::open(&state.maps())?;
+        if !batches {
+            maps.without_batches();
+        }
+        let range = |i: u32| (i % 3 + 1, IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + i))));
+        let put = |i| MapOp::PutRange { service: range(i).0, net: range(i).1 };
+        let applied = maps.apply(&(0..5007).map(put).collect::<Vec<_>>())?;
+        assert_eq!(applied.done, 5000);
+        let refused: Vec<_> = applied.refused.iter().map(|r| (r.map, r.entries, r.is_full())).collect();
+        assert_eq!(refused, [(name::SOURCE_RANGES4, 7, true)]);
+        assert!(applied.refused[0].to_string().ends_with("raise --max-source-ranges"));
+        let expected: BTreeSet<(u32, IpNet)> = (0..5000).map(range).collect();
+        assert_eq!(maps.read_actual()?.ranges, expected);
+        let delete = |i| MapOp::DeleteRange { service: range(i).0, net: range(i).1 };
+        // The last ones do not exist, which is as good as deleted.
+        let applied = maps.apply(&(1..5007).map(delete).collect::<Vec<_>>())?;
+        assert!(applied.refused.is_empty(), "{:?}", applied.refused);
+        assert_eq!(maps.read_actual()?.ranges, BTreeSet::from([range(0)]));
+    }
+    Ok(())
+}
+
+#[test]
+fn c7_elements_of_service_cidrs_are_what_the_programs_read() -> Result<()> {
+    let state = State::new(&[])?;
+    let mut maps = Maps::open(&state.maps())?;
+    maps.apply(&[
+        MapOp::WriteCidr { index: 7, net: net("10.96.0.0/12") },
+        MapOp::WriteCidr { index: 7, net: net("fd00:96::/108") },
+    ])?;
+    let array = [MapType::Array];
+    let four: Table<u32, ServiceCidr<V4>> = Table::open(&state.maps(), name::SERVICE_CIDRS4, &array)?;
+    let six: Table<u32, ServiceCidr<V6>> = Table::open(&state.maps(), name::SERVICE_CIDRS6, &array)?;
+    let inside = |addr: &str| -> Result<bool> {
+        Ok(match ip(addr) {
+            IpAddr::V4(a) => four.get(&7)?.context("an element")?.contains(&a.into()),
+            IpAddr::V6(a) => six.get(&7)?.context("an element")?.contains(&addr::v6(a)),
+        })
+    };
+    assert!(!inside("10.96.0.1")? && !inside("fd00:96::1")?, "not active yet");
+    maps.apply(&[Family::V4, Family::V6].map(|family| MapOp::SwitchCidr { family, index: 7, flags: 3 }))?;
+    assert!(inside("10.111.255.255")? && !inside("10.112.0.0")? && !inside("10.95.255.255")?);
+    assert!(inside("fd00:96::f:ffff")? && !inside("fd00:96::10:0")?);
+    let beyond = MapOp::SwitchCidr { family: Family::V4, index: cidr::CAPACITY, flags: 1 };
+    assert!(matches!(maps.apply(&[beyond]), Err(MapError::OutOfRange { .. })));
+    // Somebody else's hand: no prefix.
+    drop(maps);
+    let strange = ServiceCidr { net: Be32::new(1), mask: Be32::new(0xff00_ff00), flags: 1, _pad: 0 };
+    four.put(&0, &strange)?;
+    let read = Maps::open(&state.maps())?.read_actual()?;
+    assert_eq!(read.cidrs[&(Family::V4, 0)], ActualCidr { net: None, flags: 1 });
     Ok(())
 }
 
@@ -334,6 +455,8 @@ fn core(state: &State) -> Result<Core<Maps>> {
         name: "node1".into(),
         nodeport_addresses: NodePortAddresses::All,
         allow_external_ips: Vec::new(),
+        localhost_nodeports: true,
+        service_cidrs: Vec::new(),
     };
     Ok(Core::new(Maps::open(&state.maps())?, rules))
 }
@@ -372,13 +495,14 @@ fn a_restart_changes_only_what_has_changed() -> Result<()> {
 
 #[test]
 fn what_does_not_fit_is_left_out_and_the_rest_works() -> Result<()> {
-    let state = State::new(&[(name::FRONTENDS4, 2)])?;
+    // A frontend and its address each, twice.
+    let state = State::new(&[(name::FRONTENDS4, 4)])?;
     let mut core = core(&state)?;
     for (name, ip) in [("a", "10.96.0.1"), ("b", "10.96.0.2"), ("c", "10.96.0.3")] {
         objects(name, ip, &["10.1.0.2"])?.iter().for_each(|o| core.apply(o));
     }
     let outcome = core.sync(&BTreeSet::new())?;
-    assert_eq!(outcome.rejected, BTreeMap::from([("full", 1)]));
+    assert_eq!(outcome.rejected, BTreeMap::from([("full", 2)]));
     assert_eq!(Maps::open(&state.maps())?.read_actual()?.frontends.len(), 2);
     // Whoever goes makes room.
     core.delete(&ObjectRef { kind: Kind::Service, namespace: "default".into(), name: "a".into() });
@@ -570,6 +694,24 @@ fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
         keys.sort();
         keys
     });
+    Ok(())
+}
+
+/// A Service was deleted, and the agent killed when it had cleared the record and not yet come to the flows.
+#[test]
+fn i1_udp_flows_of_a_record_that_nobody_uses_are_deleted() -> Result<()> {
+    let state = State::new(&[])?;
+    let tables = FlowTables::open(&state.maps())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    put(&tables, &pair(0x0b00_0001, proto::UDP, 0, 0, true))?;
+    put(&tables, &pair(0x0b00_0001, proto::TCP, 0, 0, true))?;
+    let mut maps = Maps::open(&state.maps())?;
+    maps.apply(&two_services())?;
+    assert_eq!(sweeper.purge(&[])?, 0);
+    maps.apply(&[MapOp::ClearService { service: 1 }])?;
+    assert_eq!(sweeper.purge(&[])?, 1);
+    let left: BTreeSet<u8> = tables.v4.entries()?.into_iter().map(|(key, _)| key.proto).collect();
+    assert_eq!(left, BTreeSet::from([proto::TCP]));
     Ok(())
 }
 

@@ -6,7 +6,14 @@ mod node;
 
 use anyhow::{Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
-use lb_agent::datapath::{TcSetting, map_pin};
+use lb_agent::{
+    datapath::{TcSetting, map_pin},
+    maps::Maps,
+    plan::{
+        ActualState,
+        op::{Family, MapOp},
+    },
+};
 use lb_common::{V4, conntrack::Flow, frontend::ServiceRecord, maps::name, tuple::Tuple};
 use node::{Node, on_a_node};
 
@@ -70,6 +77,34 @@ fn a_changed_capacity_keeps_flows_and_services() {
         settings.capacities.flows = 1000;
         node.start(&settings, TcSetting::Auto)?.stop()?;
         assert_eq!(flows(node)?.keys().count(), 2000);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_changed_capacity_keeps_source_ranges_or_gives_up_all_that_is_planned() {
+    on_a_node(|node| {
+        let mut settings = node.settings();
+        settings.capacities.source_ranges = 200;
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        let maps = node.state_dir().join("v1/maps");
+        let net = |i: u8| format!("10.{i}.0.0/16").parse();
+        let range = |i| Ok(MapOp::PutRange { service: 3, net: net(i)? });
+        let mut ops: Vec<MapOp> = (0..100).map(range).collect::<Result<_>>()?;
+        ops.push(MapOp::WriteCidr { index: 2, net: "10.96.0.0/12".parse()? });
+        ops.push(MapOp::SwitchCidr { family: Family::V4, index: 2, flags: 1 });
+        ensure!(Maps::open(&maps)?.apply(&ops)?.refused.is_empty());
+        let before = Maps::open(&maps)?.read_actual()?;
+        ensure!((before.ranges.len(), before.cidrs.len()) == (100, 1));
+        for capacity in [70_000, 100] {
+            settings.capacities.source_ranges = capacity;
+            node.start(&settings, TcSetting::Auto)?.stop()?;
+            ensure!(Maps::open(&maps)?.capacities().source_ranges == capacity);
+            assert_eq!(Maps::open(&maps)?.read_actual()?, before);
+        }
+        settings.capacities.source_ranges = 99;
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        assert_eq!(Maps::open(&maps)?.read_actual()?, ActualState::default());
         Ok(())
     });
 }

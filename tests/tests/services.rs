@@ -1,4 +1,5 @@
-//! What single fields of Services and endpoints do to traffic. One cluster for all; each test has its own Service.
+//! What single fields of Services do to traffic, beside the rules in semantics/. One cluster for all; each test has its own
+//! Service.
 
 use lb_tests::{
     cluster::{Cluster, Layout, Options},
@@ -52,21 +53,6 @@ fn without_endpoints_every_side_is_refused_at_once() {
 }
 
 #[test]
-fn a_pod_reaches_itself_through_its_service() {
-    let cluster = CLUSTER.lock();
-    let service = Service::on(&cluster, "self", 11, &["pod-1a"]);
-    cluster.serve(&service).unwrap();
-    let pod = cluster.pod("pod-1a");
-    for (_, to) in service.frontends(cluster.node(1)) {
-        for proto in [Proto::Tcp, Proto::Udp, Proto::UdpUnconnected] {
-            let answers = asked(pod, &Call::new(proto, to), 3);
-            assert!(!answers.sources("pod-1a").contains(&pod.addrs.ip(Family::V4)), "{answers:?}");
-        }
-        pod.bulk(to, 3_000_000).unwrap().unwrap_or_else(|e| panic!("bulk to {to}: {e:?}"));
-    }
-}
-
-#[test]
 fn external_traffic_policy_local_keeps_clients_on_the_node_they_asked() {
     let cluster = CLUSTER.lock();
     let service = Service::on(&cluster, "etp", 12, &["pod-1a", "pod-2a", "pod-2b"])
@@ -95,49 +81,6 @@ fn external_traffic_policy_local_without_local_endpoints_drops() {
         assert!(failure.is_timeout(), "{kind} {to}: {failure:?}");
         asked(cluster.pod("pod-1b"), &Call::tcp(to), 2);
         asked(&cluster.node(1).place, &Call::tcp(to), 2);
-    }
-}
-
-#[test]
-fn internal_traffic_policy_local_stays_on_the_node() {
-    let cluster = CLUSTER.lock();
-    let service = Service::on(&cluster, "itp", 14, &["pod-1a", "pod-2a", "pod-2b"])
-        .with("internalTrafficPolicy", json!("Local"));
-    cluster.serve(&service).unwrap();
-    for family in Family::BOTH {
-        for from in [cluster.pod("pod-1b"), &cluster.node(1).place] {
-            let answers = asked(from, &Call::tcp(service.cluster_ip(family)), 10);
-            assert_eq!(answers.counts().into_iter().collect::<Vec<_>>(), [("pod-1a", 10)], "{}", from.name);
-        }
-        // It is about the ClusterIP only.
-        let node_port = cluster.node(1).place.addrs.socket(family, 30014);
-        assert_eq!(asked(cluster.pod("pod-1b"), &Call::tcp(node_port), 60).counts().len(), 3);
-    }
-}
-
-#[test]
-fn client_ip_affinity_keeps_a_client_on_its_backend() {
-    let cluster = CLUSTER.lock();
-    let service = Service::on(&cluster, "sticky", 15, &["pod-1a", "pod-1b", "pod-2a", "pod-2b"])
-        .with("sessionAffinity", json!("ClientIP"))
-        .with("sessionAffinityConfig", json!({ "clientIP": { "timeoutSeconds": 60 } }));
-    cluster.serve(&service).unwrap();
-    for from in sides(&cluster) {
-        for family in Family::BOTH {
-            // NodePort and LoadBalancer address share the memory.
-            let mut servers = std::collections::BTreeSet::new();
-            for (_, to) in service.frontends(cluster.node(1)) {
-                if to.is_ipv4() == (family == Family::V4) && from.name == "client" {
-                    let answers = asked(from, &Call::tcp(to), 8);
-                    servers.extend(answers.counts().into_keys().map(str::to_owned));
-                }
-            }
-            if from.name != "client" {
-                let answers = asked(from, &Call::tcp(service.cluster_ip(family)), 20);
-                servers.extend(answers.counts().into_keys().map(str::to_owned));
-            }
-            assert_eq!(servers.len(), 1, "{} {family:?}: {servers:?}", from.name);
-        }
     }
 }
 
@@ -178,30 +121,6 @@ fn host_network_backends_are_reached_from_every_side() {
         }
     }
     assert!(servers.len() == 2);
-}
-
-#[test]
-fn endpoints_that_are_not_ready_get_nothing_unless_all_are_terminating() {
-    let cluster = CLUSTER.lock();
-    let mut service = Service::on(&cluster, "states", 18, &["pod-1a", "pod-1b", "pod-2a"]);
-    service.endpoints[1].ready = false;
-    service.endpoints[1].serving = false;
-    service.endpoints[2] = Endpoint { ready: false, terminating: true, ..service.endpoints[2].clone() };
-    cluster.serve(&service).unwrap();
-    let call = Call::tcp(service.cluster_ip(Family::V4));
-    let from = cluster.pod("pod-2b");
-    let only = |answers: Answers, name: &str| {
-        assert_eq!(answers.counts().into_keys().collect::<Vec<_>>(), [name]);
-    };
-    only(asked(from, &call, 20), "pod-1a");
-    // The last ready one goes: serving and terminating ones are used.
-    service.endpoints[0].ready = false;
-    service.endpoints[0].serving = false;
-    cluster.manifests.write("states", &service.documents()).unwrap();
-    cluster
-        .wait_for_calls("pod-2a to answer", from, &call, |o| o.as_ref().is_ok_and(|a| a.by == "pod-2a"))
-        .unwrap();
-    only(asked(from, &call, 20), "pod-2a");
 }
 
 #[test]

@@ -1,38 +1,53 @@
 //! Reading back what the maps hold: at start, and for audits.
 
-use std::{collections::BTreeMap, io};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+};
 
+use ipnet::IpNet;
 use lb_common::{
     Addr,
     addr::ToIp,
     backend::Backend as RawBackend,
+    cidr::ServiceCidr,
     frontend::{FrontendKey, FrontendValue, ServiceRecord, SlotRange},
     maps::name,
 };
 
-use super::{MapError, Maps, MmapArray, Table, apply};
+use super::{MapError, Maps, MmapArray, Table, apply, ranges};
 use crate::plan::{
-    ActualService, ActualState,
-    op::{Backend, Frontend, Protocol},
+    ActualCidr, ActualService, ActualState,
+    op::{Backend, Family, Frontend, Protocol},
 };
 
 impl Maps {
     /// Everything that plans write, as it is. Entries that no operation can have made (a frontend with an unknown
     /// protocol) are left out: the programs cannot find them either.
     pub fn read_actual(&self) -> Result<ActualState, MapError> {
-        let mut frontends = BTreeMap::new();
-        read_frontends(&self.frontends4, name::FRONTENDS4, &mut frontends)?;
-        read_frontends(&self.frontends6, name::FRONTENDS6, &mut frontends)?;
+        let mut actual = ActualState::default();
+        read_frontends(&self.frontends4, name::FRONTENDS4, &mut actual)?;
+        read_frontends(&self.frontends6, name::FRONTENDS6, &mut actual)?;
         let services = self.read_services()?;
         let members = self.members.entries().map_err(read_error(name::AFFINITY_MEMBERS))?;
+        read_cidrs(&self.cidrs4, Family::V4, &mut actual.cidrs);
+        read_cidrs(&self.cidrs6, Family::V6, &mut actual.cidrs);
         Ok(ActualState {
-            frontends,
             slots: self.read_slots(&services),
             services,
             backends4: read_backends(&self.backends4),
             backends6: read_backends(&self.backends6),
             members: members.into_iter().collect(),
+            ranges: self.read_ranges()?,
+            ..actual
         })
+    }
+
+    fn read_ranges(&self) -> Result<BTreeSet<(u32, IpNet)>, MapError> {
+        let keys4 = self.ranges4.keys().map_err(read_error(name::SOURCE_RANGES4))?;
+        let keys6 = self.ranges6.keys().map_err(read_error(name::SOURCE_RANGES6))?;
+        let ranges4 = keys4.into_iter().filter_map(ranges::from_key4);
+        Ok(ranges4.chain(keys6.into_iter().filter_map(ranges::from_key6)).collect())
     }
 
     fn read_services(&self) -> Result<BTreeMap<u32, ActualService>, MapError> {
@@ -69,7 +84,7 @@ fn elements<T: bytemuck::Pod>(array: &MmapArray<T>) -> impl Iterator<Item = (u32
 fn read_frontends<A: Addr + ToIp>(
     table: &Table<FrontendKey<A>, FrontendValue>,
     map: &'static str,
-    into: &mut BTreeMap<Frontend, FrontendValue>,
+    into: &mut ActualState,
 ) -> Result<(), MapError>
 where
     FrontendKey<A>: bytemuck::Pod,
@@ -77,8 +92,14 @@ where
     let mut walk = table.walk();
     while let Some((keys, values)) = walk.next_chunk().map_err(read_error(map))? {
         for (key, value) in keys.iter().zip(values) {
+            let address = FrontendKey::address(key.addr);
+            if (key.port, key.proto) == (address.port, address.proto) {
+                into.addresses.insert(key.addr.to_ip(), *value);
+                continue;
+            }
             let Some(protocol) = Protocol::from_number(key.proto) else { continue };
-            into.insert(Frontend { addr: key.addr.to_ip(), port: key.port.get(), protocol }, *value);
+            into.frontends
+                .insert(Frontend { addr: key.addr.to_ip(), port: key.port.get(), protocol }, *value);
         }
     }
     Ok(())
@@ -91,4 +112,19 @@ where
     elements(array)
         .filter_map(|(id, b)| Some((id, apply::backend_from_flags(b.addr.to_ip(), b.port.get(), b.flags)?)))
         .collect()
+}
+
+/// Elements that count, or would if they were whole.
+fn read_cidrs<A: Addr + ToIp>(
+    array: &MmapArray<ServiceCidr<A>>,
+    family: Family,
+    into: &mut BTreeMap<(Family, u32), ActualCidr>,
+) where
+    ServiceCidr<A>: bytemuck::Pod,
+{
+    for (index, element) in elements(array).filter(|(_, e)| e.flags != 0) {
+        let net = IpNet::with_netmask(element.net.to_ip(), element.mask.to_ip());
+        let net = net.ok().filter(|net| net.trunc() == *net);
+        into.insert((family, index), ActualCidr { net, flags: element.flags });
+    }
 }

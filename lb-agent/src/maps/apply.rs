@@ -2,15 +2,22 @@
 
 use std::{io, net::IpAddr, thread, time::Duration};
 
+use ipnet::IpNet;
 use lb_common::{
     Be16, V4, V6,
+    addr::v6,
     affinity::MemberKey,
     backend::{Backend as RawBackend, flags},
+    cidr::ServiceCidr,
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord},
     maps::name,
+    source::ADMITTED,
 };
 
-use super::{MapError, Maps, Written, capacity_option};
+use super::{
+    MapError, Maps, Written, capacity_option,
+    ranges::{self, RangeKey, RangeKey4, RangeKey6},
+};
 use crate::plan::op::{Backend, Family, Frontend, MapOp, Protocol};
 
 /// What became of a plan.
@@ -38,7 +45,8 @@ pub struct Refused {
 impl Refused {
     /// True if the map is full.
     pub fn is_full(&self) -> bool {
-        self.source.raw_os_error() == Some(libc::E2BIG)
+        // ENOSPC is what tries say.
+        matches!(self.source.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC))
     }
 
     fn remedy(&self) -> String {
@@ -60,6 +68,8 @@ struct Pending {
     values6: Vec<FrontendValue>,
     members: Vec<MemberKey>,
     bits: Vec<u32>,
+    ranges4: Vec<RangeKey4>,
+    ranges6: Vec<RangeKey6>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -68,16 +78,20 @@ enum Kind {
     DeleteFrontend,
     PutMember,
     DeleteMember,
+    PutRange,
+    DeleteRange,
 }
 
 impl Kind {
     /// The kind of an operation that is sent in batches.
     fn of(op: &MapOp) -> Option<Self> {
         match op {
-            MapOp::PutFrontend { .. } => Some(Self::PutFrontend),
-            MapOp::DeleteFrontend { .. } => Some(Self::DeleteFrontend),
+            MapOp::PutFrontend { .. } | MapOp::PutAddress { .. } => Some(Self::PutFrontend),
+            MapOp::DeleteFrontend { .. } | MapOp::DeleteAddress { .. } => Some(Self::DeleteFrontend),
             MapOp::PutMember { .. } => Some(Self::PutMember),
             MapOp::DeleteMember { .. } => Some(Self::DeleteMember),
+            MapOp::PutRange { .. } => Some(Self::PutRange),
+            MapOp::DeleteRange { .. } => Some(Self::DeleteRange),
             _ => None,
         }
     }
@@ -125,6 +139,16 @@ impl Maps {
             Some(Kind::DeleteMember) => {
                 applied.add(name::AFFINITY_MEMBERS, "deleted", self.members.delete_all(&p.members));
             }
+            Some(Kind::PutRange) => {
+                let admitted = |n| vec![ADMITTED; n];
+                let (v4, v6) = (admitted(p.ranges4.len()), admitted(p.ranges6.len()));
+                applied.add(name::SOURCE_RANGES4, "written", self.ranges4.put_all(&p.ranges4, &v4));
+                applied.add(name::SOURCE_RANGES6, "written", self.ranges6.put_all(&p.ranges6, &v6));
+            }
+            Some(Kind::DeleteRange) => {
+                applied.add(name::SOURCE_RANGES4, "deleted", self.ranges4.delete_all(&p.ranges4));
+                applied.add(name::SOURCE_RANGES6, "deleted", self.ranges6.delete_all(&p.ranges6));
+            }
             None => {}
         }
     }
@@ -152,8 +176,15 @@ impl Maps {
             MapOp::ClearBackend { family: Family::V6, id } => {
                 self.backends6.store(*id, &RawBackend::default())?
             }
+            MapOp::WriteCidr { index, net } => self.write_cidr(*index, net)?,
+            MapOp::SwitchCidr { family, index, flags } => self.switch_cidr(*family, *index, *flags)?,
+            // Batches: see `Kind::of`.
             MapOp::PutFrontend { .. }
             | MapOp::DeleteFrontend { .. }
+            | MapOp::PutAddress { .. }
+            | MapOp::DeleteAddress { .. }
+            | MapOp::PutRange { .. }
+            | MapOp::DeleteRange { .. }
             | MapOp::PutMember { .. }
             | MapOp::DeleteMember { .. } => {}
         }
@@ -173,7 +204,34 @@ impl Maps {
         let port = Be16::new(backend.port);
         match backend.addr {
             IpAddr::V4(a) => self.backends4.store(id, &RawBackend::new(a.into(), port, flags)),
-            IpAddr::V6(a) => self.backends6.store(id, &RawBackend::new(lb_common::addr::v6(a), port, flags)),
+            IpAddr::V6(a) => self.backends6.store(id, &RawBackend::new(v6(a), port, flags)),
+        }
+    }
+
+    fn write_cidr(&mut self, index: u32, net: &IpNet) -> Result<(), MapError> {
+        match net {
+            IpNet::V4(n) => {
+                let (net, mask) = (n.network().into(), n.netmask().into());
+                self.cidrs4.store(index, &ServiceCidr { net, mask, flags: 0, _pad: 0 })
+            }
+            IpNet::V6(n) => {
+                let (net, mask) = (v6(n.network()), v6(n.netmask()));
+                self.cidrs6.store(index, &ServiceCidr { net, mask, flags: 0, _pad: 0 })
+            }
+        }
+    }
+
+    /// Writes the flags, and the rest as it is. An element that does not exist is refused by the store.
+    fn switch_cidr(&mut self, family: Family, index: u32, flags: u32) -> Result<(), MapError> {
+        match family {
+            Family::V4 => {
+                let element = self.cidrs4.load(index).unwrap_or_default();
+                self.cidrs4.store(index, &ServiceCidr { flags, ..element })
+            }
+            Family::V6 => {
+                let element = self.cidrs6.load(index).unwrap_or_default();
+                self.cidrs6.store(index, &ServiceCidr { flags, ..element })
+            }
         }
     }
 }
@@ -181,20 +239,40 @@ impl Maps {
 impl Pending {
     fn push(&mut self, op: &MapOp) {
         match op {
-            MapOp::PutFrontend { frontend, value } => match frontend_key(frontend) {
-                Key::V4(k) => (self.keys4.push(k), self.values4.push(*value)).0,
-                Key::V6(k) => (self.keys6.push(k), self.values6.push(*value)).0,
-            },
-            MapOp::DeleteFrontend { frontend } => match frontend_key(frontend) {
-                Key::V4(k) => self.keys4.push(k),
-                Key::V6(k) => self.keys6.push(k),
-            },
+            MapOp::PutFrontend { frontend, value } => {
+                self.push_frontend(frontend_key(frontend), Some(*value))
+            }
+            MapOp::DeleteFrontend { frontend } => self.push_frontend(frontend_key(frontend), None),
+            MapOp::PutAddress { addr, kind } => {
+                self.push_frontend(address_key(*addr), Some(FrontendValue { service: 0, flags: *kind }));
+            }
+            MapOp::DeleteAddress { addr } => self.push_frontend(address_key(*addr), None),
+            MapOp::PutRange { service, net } | MapOp::DeleteRange { service, net } => {
+                match ranges::key(*service, net) {
+                    RangeKey::V4(k) => self.ranges4.push(k),
+                    RangeKey::V6(k) => self.ranges6.push(k),
+                }
+            }
             MapOp::PutMember { key, bits } => {
                 self.members.push(*key);
                 self.bits.push(*bits);
             }
             MapOp::DeleteMember { key } => self.members.push(*key),
             _ => {}
+        }
+    }
+
+    /// `value`: to write; none to delete.
+    fn push_frontend(&mut self, key: Key, value: Option<FrontendValue>) {
+        match key {
+            Key::V4(k) => {
+                self.keys4.push(k);
+                self.values4.extend(value);
+            }
+            Key::V6(k) => {
+                self.keys6.push(k);
+                self.values6.extend(value);
+            }
         }
     }
 }
@@ -224,7 +302,14 @@ fn frontend_key(f: &Frontend) -> Key {
     let (port, proto) = (Be16::new(f.port), f.protocol.number());
     match f.addr {
         IpAddr::V4(a) => Key::V4(FrontendKey::new(a.into(), port, proto)),
-        IpAddr::V6(a) => Key::V6(FrontendKey::new(lb_common::addr::v6(a), port, proto)),
+        IpAddr::V6(a) => Key::V6(FrontendKey::new(v6(a), port, proto)),
+    }
+}
+
+fn address_key(addr: IpAddr) -> Key {
+    match addr {
+        IpAddr::V4(a) => Key::V4(FrontendKey::address(a.into())),
+        IpAddr::V6(a) => Key::V6(FrontendKey::address(v6(a))),
     }
 }
 

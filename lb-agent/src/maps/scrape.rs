@@ -104,6 +104,13 @@ impl Scrape {
         let mut push = |map, entries, capacity: u32| {
             samples.push(MapSample { map, entries, capacity: u64::from(capacity) });
         };
+        let ranges = |map, keys: std::io::Result<usize>| {
+            keys.map(|n| (map, n as u64)).map_err(|source| MapError::Read { map, source })
+        };
+        let ranges4 = ranges(name::SOURCE_RANGES4, m.ranges4.keys().map(|k| k.len()))?;
+        let ranges6 = ranges(name::SOURCE_RANGES6, m.ranges6.keys().map(|k| k.len()))?;
+        push(ranges4.0, ranges4.1, m.ranges4.capacity());
+        push(ranges6.0, ranges6.1, m.ranges6.capacity());
         let (mut services, mut slots) = (0, 0);
         for i in 0..m.services.capacity() {
             let record = m.services.load(i).unwrap_or_default();

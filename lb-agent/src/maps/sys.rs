@@ -13,6 +13,7 @@ pub(super) enum Command {
     LookupElem = 1,
     UpdateElem = 2,
     DeleteElem = 3,
+    GetNextKey = 4,
     ProgTestRun = 10,
     LookupBatch = 24,
     UpdateBatch = 26,
@@ -56,7 +57,8 @@ unsafe fn bpf<A>(command: Command, attr: &mut A) -> io::Result<()> {
 /// A single-entry command.
 ///
 /// # Safety
-/// `key` must point at key-size bytes of the map, `value` at value-size bytes (not read or written by a deletion).
+/// `key` must point at key-size bytes of the map, `value` at value-size bytes (not read or written by a deletion). For
+/// [`Command::GetNextKey`], `key` may be 0 and `value` must point at key-size bytes.
 pub(super) unsafe fn elem(fd: BorrowedFd<'_>, command: Command, key: u64, value: u64) -> io::Result<()> {
     let mut attr = ElemAttr { map_fd: fd.as_raw_fd() as u32, _pad: 0, key, value, flags: 0 };
     // SAFETY: the caller's promise.

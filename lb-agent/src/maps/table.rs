@@ -149,6 +149,25 @@ impl<K: Pod, V: Pod> Table<K, V> {
         Walk { table: self, keys: Vec::new(), values: Vec::new(), position: 0, chunk, state: State::Begin }
     }
 
+    /// All keys, one system call each: for maps whose batches differ from those of hash maps (tries). Somebody else who
+    /// deletes meanwhile can make keys appear twice.
+    pub fn keys(&self) -> io::Result<Vec<K>> {
+        let mut keys: Vec<K> = Vec::new();
+        // A key that is gone makes the kernel begin anew; this ends all the same.
+        while keys.len() <= self.capacity as usize {
+            let mut next = K::zeroed();
+            let last = keys.last().map_or(0, |key| std::ptr::from_ref(key) as u64);
+            let to = std::ptr::from_mut(&mut next) as u64;
+            // SAFETY: both point at keys, whose size was compared with the map's, or the first is 0.
+            let found = unsafe { sys::elem(self.data.fd().as_fd(), Command::GetNextKey, last, to) };
+            if absent_is_none(found)?.is_none() {
+                break;
+            }
+            keys.push(next);
+        }
+        Ok(keys)
+    }
+
     /// All entries, in no order. For maps of bounded size; [`Table::walk`] for the others.
     pub fn entries(&self) -> io::Result<Vec<(K, V)>> {
         let mut all = Vec::new();

@@ -3,13 +3,20 @@
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
-use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use ipnet::IpNet;
+use k8s_openapi::{
+    api::{core::v1 as core, networking::v1 as networking},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
 
-use super::{Change, Node, ServiceKey, SliceKey};
+use super::{Change, Node, ServiceCidr, ServiceKey, SliceKey};
 use crate::{
     plan::op::{Family, Protocol},
     source::{Kind, Object, ObjectRef},
 };
+
+/// On an EndpointSlice: the Service that its endpoints are of.
+pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 mod service;
 mod slice;
@@ -34,6 +41,8 @@ pub enum Reason {
     Missing,
     #[error("{0:?} is not an IP address")]
     NotAnAddress(String),
+    #[error("{0:?} is not an address prefix (as 192.0.2.0/24 is)")]
+    NotAPrefix(String),
     #[error("{0} cannot be reached from elsewhere (unspecified, loopback, link-local or multicast)")]
     SpecialAddress(IpAddr),
     #[error("{ip} is not of family {expected:?}")]
@@ -69,6 +78,7 @@ pub fn object(object: &Object) -> Result<Converted<Change>, Rejection> {
         Object::Service(o) => service(o)?.map(Change::Service),
         Object::EndpointSlice(o) => slice(o)?.map(Change::Slice),
         Object::Node(o) => node(o)?.map(Change::Node),
+        Object::ServiceCidr(o) => service_cidr(o)?.map(Change::ServiceCidr),
     })
 }
 
@@ -78,6 +88,7 @@ pub fn deleted(object: &ObjectRef) -> Change {
         Kind::Service => Change::DeleteService(ServiceKey::new(&object.namespace, &object.name)),
         Kind::EndpointSlice => Change::DeleteSlice(SliceKey::new(&object.namespace, &object.name)),
         Kind::Node => Change::DeleteNode(object.name.as_str().into()),
+        Kind::ServiceCidr => Change::DeleteServiceCidr(object.name.as_str().into()),
     }
 }
 
@@ -105,6 +116,18 @@ pub fn node(node: &core::Node) -> Result<Converted<Node>, Rejection> {
     Ok(report.converted(object))
 }
 
+/// A ServiceCIDR into the model's. One that is being deleted still counts: its ClusterIPs are in use.
+pub fn service_cidr(object: &networking::ServiceCIDR) -> Result<Converted<ServiceCidr>, Rejection> {
+    let mut report = Report::new(Kind::ServiceCidr, &object.metadata)?;
+    let texts = object.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+    let texts = texts.iter().enumerate();
+    let cidrs = texts
+        .filter_map(|(i, text)| report.keep(|| format!("spec.cidrs[{i}]"), prefix_of(text.trim())))
+        .collect();
+    let object = ServiceCidr { name: report.object.name.as_str().into(), cidrs };
+    Ok(report.converted(object))
+}
+
 /// Collects what is refused of one object.
 struct Report {
     object: ObjectRef,
@@ -117,7 +140,7 @@ impl Report {
         let object = ObjectRef {
             kind,
             namespace: match kind {
-                Kind::Node => String::new(),
+                _ if !kind.is_namespaced() => String::new(),
                 // The API server's own default for a manifest that does not say.
                 _ => metadata.namespace.clone().unwrap_or_else(|| "default".to_owned()),
             },
@@ -132,7 +155,7 @@ impl Report {
             Err(Rejection { object: object.clone(), field: field.to_owned(), reason })
         };
         check("metadata.name", &object.name)?;
-        if kind != Kind::Node {
+        if kind.is_namespaced() {
             check("metadata.namespace", &object.namespace)?;
         }
         Ok(Self { object, rejections: Vec::new() })
@@ -176,6 +199,15 @@ fn address_of(text: &str) -> Result<IpAddr, Reason> {
     Ok(ip)
 }
 
+/// A prefix, without bits behind it. IPv4-mapped ones are of no family that packets have.
+fn prefix_of(text: &str) -> Result<IpNet, Reason> {
+    let net: IpNet = text.parse().map_err(|_| Reason::NotAPrefix(text.to_owned()))?;
+    match net {
+        IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some() => Err(Reason::NotAPrefix(text.to_owned())),
+        net => Ok(net.trunc()),
+    }
+}
+
 /// As [`address_of`], and not link-local: the API refuses those as endpoints and externalIPs (cloud metadata servers
 /// live there).
 fn routed_address_of(text: &str) -> Result<IpAddr, Reason> {
@@ -215,6 +247,7 @@ fn kind_name(kind: Kind) -> &'static str {
         Kind::Service => "Service",
         Kind::EndpointSlice => "EndpointSlice",
         Kind::Node => "Node",
+        Kind::ServiceCidr => "ServiceCIDR",
     }
 }
 

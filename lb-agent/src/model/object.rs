@@ -2,6 +2,8 @@
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
+
 use crate::plan::op::{Family, Protocol};
 
 /// What a Service is called. Ordered by namespace, then name.
@@ -75,6 +77,9 @@ pub struct Service {
     /// `status.loadBalancer.ingress` entries that packets arrive at unchanged: those with an `ip` whose `ipMode` is not
     /// `Proxy` (a proxy sends to the node's own addresses).
     pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`, sorted, each once. `None`: not given. Empty: given, and none can be understood, so
+    /// nobody is known to be admitted.
+    pub source_ranges: Option<Vec<IpNet>>,
     pub internal_policy: InternalPolicy,
     pub external_policy: ExternalPolicy,
     /// `sessionAffinity: ClientIP` and its timeout.
@@ -91,6 +96,11 @@ impl Service {
     /// False for Services that have no packets to balance here, whatever their fields say.
     pub fn is_programmed(&self) -> bool {
         !self.headless && self.kind != ServiceType::ExternalName && self.proxy_name.is_none()
+    }
+
+    /// True for Services whose ClusterIP another proxy serves.
+    pub fn is_foreign(&self) -> bool {
+        !self.headless && self.kind != ServiceType::ExternalName && self.proxy_name.is_some()
     }
 
     /// The ClusterIP of a family. A Service without one does not exist in that family (kube-proxy does the same).
@@ -183,6 +193,14 @@ pub struct Node {
     pub internal_ips: Vec<IpAddr>,
     /// `status.addresses` of type ExternalIP.
     pub external_ips: Vec<IpAddr>,
+}
+
+/// A ServiceCIDR: where ClusterIPs come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceCidr {
+    pub name: Arc<str>,
+    /// At most one per family in the API.
+    pub cidrs: Vec<IpNet>,
 }
 
 #[cfg(test)]

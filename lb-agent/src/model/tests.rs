@@ -13,6 +13,7 @@ fn service(name: &str) -> Service {
         cluster_ips: vec!["10.96.0.1".parse().unwrap()],
         external_ips: Vec::new(),
         load_balancer_ips: Vec::new(),
+        source_ranges: None,
         internal_policy: InternalPolicy::Cluster,
         external_policy: ExternalPolicy::Cluster,
         affinity_timeout_s: None,
@@ -87,4 +88,16 @@ fn only_this_node_matters() {
     assert_eq!(model.node().and_then(|n| n.zone.as_deref()), Some("y"));
     assert_eq!(model.apply(Change::DeleteNode("n".into())), Dirty::All);
     assert_eq!(model.node(), None);
+}
+
+#[test]
+fn service_cidrs_make_no_service_stale() {
+    let mut model = Model::new("n");
+    let object = ServiceCidr { name: "a".into(), cidrs: vec!["10.96.0.0/16".parse().unwrap()] };
+    assert_eq!(model.apply(Change::ServiceCidr(object.clone())), Dirty::ServiceCidrs);
+    assert_eq!(model.apply(Change::ServiceCidr(object.clone())), Dirty::Nothing);
+    assert!(model.service_cidrs().eq(&object.cidrs));
+    assert_eq!(model.apply(Change::DeleteServiceCidr("b".into())), Dirty::Nothing);
+    assert_eq!(model.apply(Change::DeleteServiceCidr("a".into())), Dirty::ServiceCidrs);
+    assert_eq!(model.service_cidrs().count(), 0);
 }

@@ -13,6 +13,7 @@ use super::{
     endpoints::{self, Sets},
     nodeport,
     op::{Family, Frontend},
+    ranges::{self, Filter},
     rejection::Rejection,
 };
 use crate::{
@@ -28,19 +29,31 @@ pub struct NodeView {
     pub zone: Option<Arc<str>>,
     /// Addresses that serve NodePorts: see [`nodeport_addresses`](super::nodeport::nodeport_addresses).
     pub nodeport_addresses: BTreeSet<IpAddr>,
+    /// Loopback addresses that serve NodePorts to sockets of the node: see
+    /// [`loopback_addresses`](super::nodeport::loopback_addresses).
+    pub loopback_addresses: BTreeSet<IpAddr>,
+    /// All addresses that the node has or is known by, but for those of loopback and link-local ranges.
+    pub own_addresses: BTreeSet<IpAddr>,
     /// externalIPs outside of these are not served.
     pub allow_external_ips: Vec<IpNet>,
+    /// Where ClusterIPs come from, beside the ServiceCIDR objects.
+    pub service_cidrs: Vec<IpNet>,
 }
 
 impl NodeView {
-    /// This node as the model and the settings have it; `local` are the addresses of its devices.
+    /// This node as the model and the settings have it; `local` are the addresses of its devices. NodePorts on loopback
+    /// addresses and ServiceCIDRs of the settings come on top.
     pub fn new<'a>(
         model: &Model,
         nodeport_addresses: &NodePortAddresses,
         allow_external_ips: &[IpNet],
-        local: impl IntoIterator<Item = &'a IpAddr>,
+        local: impl IntoIterator<Item = &'a IpAddr, IntoIter: Clone>,
     ) -> Self {
+        let local = local.into_iter();
         Self {
+            loopback_addresses: BTreeSet::new(),
+            own_addresses: nodeport::own_addresses(local.clone(), model.node()),
+            service_cidrs: Vec::new(),
             name: model.node_name().clone(),
             zone: model.node().and_then(|node| node.zone.clone()),
             nodeport_addresses: nodeport::nodeport_addresses(nodeport_addresses, local, model.node()),
@@ -54,6 +67,8 @@ impl NodeView {
 pub struct Desired {
     /// In the order of ports, then families.
     pub records: Vec<DesiredRecord>,
+    /// What it says about addresses as a whole: `KIND_*` of `lb_common::frontend::flags`.
+    pub addresses: BTreeSet<(IpAddr, u32)>,
     pub rejections: Vec<Rejection>,
 }
 
@@ -71,6 +86,8 @@ pub struct DesiredRecord {
     pub affinity_timeout_s: u32,
     /// Sorted, each once, with its `lb_common::frontend::flags`.
     pub frontends: Vec<(Frontend, u32)>,
+    /// Clients that the LoadBalancer frontends admit if they ask for it. Sorted, each once.
+    pub source_ranges: Vec<IpNet>,
     pub sets: Sets,
 }
 
@@ -82,11 +99,18 @@ where
     let mut desired = Desired::default();
     // I9: headless Services, ExternalName, and those of other proxies.
     if !service.is_programmed() {
+        let foreign = service.is_foreign().then_some(&service.cluster_ips);
+        desired.addresses.extend(foreign.into_iter().flatten().map(|ip| (*ip, flags::KIND_FOREIGN)));
         return desired;
     }
+    // C7: also of a Service that has no ports, or none that fits.
+    desired.addresses.extend(service.cluster_ips.iter().map(|ip| (*ip, flags::KIND_CLUSTER_IP)));
+    let filters = [Family::V4, Family::V6]
+        .map(|family| (family, ranges::filter(service, family, node, &mut desired.rejections)));
     let external_ips = allowed_external_ips(service, node, &mut desired.rejections);
     for port in &service.ports {
-        for family in [Family::V4, Family::V6] {
+        for (family, filter) in &filters {
+            let family = *family;
             // I11: each family is computed alone.
             if service.cluster_ip(family).is_none() {
                 continue;
@@ -100,12 +124,16 @@ where
                 });
                 continue;
             }
+            let frontends = frontends(service, port, family, &external_ips, filter, node);
+            let addresses = frontends.iter().filter(|(_, bits)| bits & flags::LOOPBACK == 0);
+            desired.addresses.extend(addresses.map(|(f, bits)| (f.addr, bits & flags::KIND_MASK)));
             desired.records.push(DesiredRecord {
                 name,
                 family,
                 port: port.clone(),
                 affinity_timeout_s: service.affinity_timeout_s.unwrap_or(0),
-                frontends: frontends(service, port, family, &external_ips, node),
+                frontends,
+                source_ranges: filter.ranges.clone(),
                 sets: endpoints::sets(port, family, slices(), node),
             });
         }
@@ -146,6 +174,7 @@ fn frontends(
     port: &ServicePort,
     family: Family,
     external_ips: &[IpAddr],
+    filter: &Filter,
     node: &NodeView,
 ) -> Vec<(Frontend, u32)> {
     let (internal, external) = policy_flags(service);
@@ -160,12 +189,16 @@ fn frontends(
         for addr in &node.nodeport_addresses {
             add(*addr, port.node_port, external | flags::KIND_NODE_PORT);
         }
+        for addr in &node.loopback_addresses {
+            add(*addr, port.node_port, external | flags::KIND_NODE_PORT | flags::LOOPBACK);
+        }
     }
     for addr in external_ips {
         add(*addr, port.port, external | flags::KIND_EXTERNAL_IP);
     }
     for addr in &service.load_balancer_ips {
-        add(*addr, port.port, external | flags::KIND_LOAD_BALANCER);
+        // E1: source ranges are for these alone.
+        add(*addr, port.port, external | flags::KIND_LOAD_BALANCER | filter.flags);
     }
     if let Some(addr) = service.cluster_ip(family) {
         add(addr, port.port, internal | flags::KIND_CLUSTER_IP);

@@ -43,12 +43,14 @@ impl Candidate<'_> {
         !c.ready && c.serving && c.terminating
     }
 
-    /// A9: of the same endpoint in two slices (the controller moves them between slices) the more alive copy counts,
-    /// whatever the order. The rest only makes the order total.
+    /// A9: of the same endpoint in two slices the copy that is not terminating counts, whatever the order: the controller
+    /// moves endpoints between slices, and a pod network may give the address of a terminating pod to a new one (also
+    /// where the old one is published as ready). Of two such copies the more alive one; the rest only makes the order
+    /// total.
     fn precedence(&self, other: &Self) -> Ordering {
         let alive = |c: &Self| {
             let conditions = c.endpoint.conditions;
-            (conditions.ready, !conditions.terminating, conditions.serving, c.is_local)
+            (!conditions.terminating, conditions.ready, conditions.serving, c.is_local)
         };
         alive(self).cmp(&alive(other)).then_with(|| self.endpoint.hints.cmp(&other.endpoint.hints))
     }

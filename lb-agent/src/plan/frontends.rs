@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use lb_common::frontend::FrontendValue;
 
 use super::{
+    addresses::Addresses,
     draft::Draft,
     op::{Family, Frontend, MapOp},
     rejection::{Rejection, Resource},
@@ -23,24 +24,30 @@ struct Entry {
 /// Between plans the claim of an entry is that of the Service whose frontend it is.
 #[derive(Clone, Debug)]
 pub(super) struct Frontends {
-    /// Per family.
-    capacity: u32,
     entries: HashMap<Frontend, Entry>,
     /// The claims of those who did not get it, rare as they are.
     waiting: BTreeMap<Frontend, Vec<FrontendValue>>,
     /// Those whose claims may have changed since the last plan was finished.
     touched: BTreeSet<Frontend>,
-    in_kernel: Count,
 }
 
-/// Number of elements in the kernel's two maps.
+/// Elements of the kernel's two maps: those of frontends, and those of addresses as a whole.
+#[derive(Clone, Debug)]
+pub(super) struct Room {
+    /// Per family.
+    capacity: u32,
+    used: PerFamily,
+    /// What the plan in the making deletes, after its additions.
+    freed: PerFamily,
+}
+
 #[derive(Clone, Debug, Default)]
-struct Count {
+struct PerFamily {
     v4: u32,
     v6: u32,
 }
 
-impl Count {
+impl PerFamily {
     fn of(&mut self, family: Family) -> &mut u32 {
         match family {
             Family::V4 => &mut self.v4,
@@ -49,19 +56,62 @@ impl Count {
     }
 }
 
+impl Room {
+    pub(super) fn new(capacity: u32) -> Self {
+        Self { capacity, used: PerFamily::default(), freed: PerFamily::default() }
+    }
+
+    /// The kernel has one more.
+    pub(super) fn take_over(&mut self, family: Family) {
+        *self.used.of(family) += 1;
+    }
+
+    /// Room for `n` more; false if there is none.
+    pub(super) fn take(&mut self, family: Family, n: u32) -> bool {
+        let used = self.used.of(family);
+        let fits = self.capacity.saturating_sub(*used) >= n;
+        *used += if fits { n } else { 0 };
+        fits
+    }
+
+    pub(super) fn free_after_plan(&mut self, family: Family) {
+        *self.freed.of(family) += 1;
+    }
+
+    /// Gives back what the plan deletes; true if there is any.
+    pub(super) fn complete(&mut self) -> bool {
+        let freed = std::mem::take(&mut self.freed);
+        self.used.v4 -= freed.v4;
+        self.used.v6 -= freed.v6;
+        freed.v4 + freed.v6 > 0
+    }
+
+    #[cfg(test)]
+    pub(super) fn used(&self) -> usize {
+        (self.used.v4 + self.used.v6) as usize
+    }
+}
+
 /// Orders claims on one frontend: the smallest has it.
 pub(super) type Rank<'a> = (&'a ServiceKey, &'a str);
 
 impl Frontends {
     /// What the kernel has, claimed by nobody yet.
-    pub(super) fn recover(capacity: u32, actual: BTreeMap<Frontend, FrontendValue>) -> Self {
-        let mut in_kernel = Count::default();
+    pub(super) fn recover(actual: BTreeMap<Frontend, FrontendValue>, room: &mut Room) -> Self {
         let entry = |(frontend, kernel): (Frontend, FrontendValue)| {
-            *in_kernel.of(Family::of(frontend.addr)) += 1;
+            room.take_over(Family::of(frontend.addr));
             (frontend, Entry { kernel, claim: NOBODY })
         };
         let entries = actual.into_iter().map(entry).collect();
-        Self { capacity, entries, waiting: BTreeMap::new(), touched: BTreeSet::new(), in_kernel }
+        Self { entries, waiting: BTreeMap::new(), touched: BTreeSet::new() }
+    }
+
+    /// What the kernel has, sorted.
+    pub(super) fn in_kernel(&self) -> Vec<(Frontend, FrontendValue)> {
+        let there = self.entries.iter().filter(|(_, e)| e.kernel != NOBODY);
+        let mut all: Vec<_> = there.map(|(frontend, e)| (*frontend, e.kernel)).collect();
+        all.sort_unstable_by_key(|(frontend, _)| *frontend);
+        all
     }
 
     /// `value.service` wants `frontend` from now on; it must not have claimed it yet.
@@ -101,8 +151,13 @@ impl Frontends {
     }
 
     /// Decides all frontends whose claims have changed since the last call.
-    pub(super) fn finish<'a>(&mut self, rank: impl Fn(u32) -> Option<Rank<'a>>, draft: &mut Draft) {
-        let mut deleted = Count::default();
+    pub(super) fn finish<'a>(
+        &mut self,
+        rank: impl Fn(u32) -> Option<Rank<'a>>,
+        addresses: &mut Addresses,
+        room: &mut Room,
+        draft: &mut Draft,
+    ) {
         for frontend in std::mem::take(&mut self.touched) {
             self.settle(frontend, &rank);
             draft.rejections.extend(self.losers(frontend, &rank));
@@ -111,7 +166,7 @@ impl Frontends {
             if entry.claim == NOBODY {
                 if entry.kernel != NOBODY {
                     draft.delete_frontends.push(MapOp::DeleteFrontend { frontend });
-                    *deleted.of(family) += 1;
+                    room.free_after_plan(family);
                 }
                 self.entries.remove(&frontend);
                 continue;
@@ -120,27 +175,22 @@ impl Frontends {
                 continue;
             }
             if entry.kernel == NOBODY {
-                // The deletions of this plan come after its additions.
-                let count = self.in_kernel.of(family);
-                if *count >= self.capacity {
+                // Frontends are in the order of their addresses: one is served whole before the next is begun.
+                if !addresses.take_frontend(frontend.addr, room, draft) {
                     draft.rejections.extend(rank(entry.claim.service).map(|(service, record)| {
                         Rejection::Full {
                             service: service.clone(),
                             record: record.to_owned(),
                             resource: Resource::Frontends(family),
-                            capacity: self.capacity,
+                            capacity: room.capacity,
                         }
                     }));
                     continue;
                 }
-                *count += 1;
             }
             entry.kernel = entry.claim;
             draft.put_frontends.push(MapOp::PutFrontend { frontend, value: entry.claim });
         }
-        draft.freed |= deleted.v4 + deleted.v6 > 0;
-        self.in_kernel.v4 -= deleted.v4;
-        self.in_kernel.v6 -= deleted.v6;
     }
 
     /// Gives the frontend to the smallest of those who claim it.
@@ -176,6 +226,6 @@ impl Frontends {
 
     #[cfg(test)]
     pub(super) fn used(&self) -> usize {
-        self.entries.len() + self.waiting.len() + (self.in_kernel.v4 + self.in_kernel.v6) as usize
+        self.entries.len() + self.waiting.len()
     }
 }

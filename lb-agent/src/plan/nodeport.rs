@@ -1,12 +1,17 @@
-//! Which of the node's addresses serve NodePorts.
+//! Which addresses the node has, and which of them serve NodePorts.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use ipnet::IpNet;
 
 use super::op::Family;
 use crate::{model::Node, settings::NodePortAddresses};
 
-/// Filters `local`, the addresses of this network namespace's devices, by the setting. Never loopback (reaching it from
-/// outside needs `route_localnet`, CVE-2020-8558) and never link-local addresses (an IPv6 one means nothing without its
+/// Filters `local`, the addresses of this network namespace's devices, by the setting. Never loopback, which packets are
+/// never served on ([`loopback_addresses`]), and never link-local addresses (an IPv6 one means nothing without its
 /// device).
 pub fn nodeport_addresses<'a>(
     setting: &NodePortAddresses,
@@ -17,15 +22,37 @@ pub fn nodeport_addresses<'a>(
         NodePortAddresses::All => local.into_iter().copied().filter(is_servable).collect(),
         NodePortAddresses::Primary => node.map(primary).unwrap_or_default(),
         NodePortAddresses::Cidrs(cidrs) => {
-            let admits = |ip: &IpAddr| {
-                let mut of_family =
-                    cidrs.iter().filter(|c| Family::of(c.addr()) == Family::of(*ip)).peekable();
-                // F2: a list that names no CIDR of a family means "all" for that family.
-                of_family.peek().is_none() || of_family.any(|c| c.contains(ip))
-            };
-            local.into_iter().copied().filter(is_servable).filter(admits).collect()
+            local.into_iter().copied().filter(is_servable).filter(|ip| admits(cidrs, ip)).collect()
         }
     }
+}
+
+/// F4: the loopback addresses that sockets of the node reach NodePorts at. No packet ever does: that would take
+/// `route_localnet` (CVE-2020-8558).
+pub fn loopback_addresses(setting: &NodePortAddresses, localhost_nodeports: bool) -> BTreeSet<IpAddr> {
+    let all = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    let listed = |ip: &IpAddr| match setting {
+        NodePortAddresses::All => true,
+        NodePortAddresses::Primary => false,
+        NodePortAddresses::Cidrs(cidrs) => admits(cidrs, ip),
+    };
+    all.into_iter().filter(|ip| localhost_nodeports && listed(ip)).collect()
+}
+
+/// Every address that packets from the node may come from, or that it is known by: those of its devices (`local`) and
+/// those of its object. Those that come and go with pods' devices, or mean nothing elsewhere, are left out.
+pub fn own_addresses<'a>(
+    local: impl IntoIterator<Item = &'a IpAddr>,
+    node: Option<&Node>,
+) -> BTreeSet<IpAddr> {
+    let known = node.into_iter().flat_map(|n| n.internal_ips.iter().chain(&n.external_ips)).copied();
+    local.into_iter().copied().chain(known).filter(is_servable).collect()
+}
+
+/// F2: a list that names no CIDR of a family means "all" for that family.
+fn admits(cidrs: &[IpNet], ip: &IpAddr) -> bool {
+    let mut of_family = cidrs.iter().filter(|c| Family::of_net(c) == Family::of(*ip)).peekable();
+    of_family.peek().is_none() || of_family.any(|c| c.contains(ip))
 }
 
 /// The Node object's addresses: per family the InternalIPs, else the ExternalIPs (which the node often does not have
@@ -94,10 +121,41 @@ mod tests {
     }
 
     #[test]
-    fn f4_loopback_is_not_served_even_if_listed() {
+    fn f4_packets_to_loopback_are_not_served_even_if_listed() {
         let listed =
             NodePortAddresses::Cidrs(vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()]);
         assert!(chosen(listed, None).is_empty());
+    }
+
+    #[test]
+    fn f4_sockets_on_loopback_are_served_if_it_is_listed_or_nothing_is() {
+        let cidrs = |list: &[&str]| {
+            NodePortAddresses::Cidrs(list.iter().map(|c| c.parse().unwrap()).collect::<Vec<_>>())
+        };
+        let served = |setting: &NodePortAddresses| -> Vec<String> {
+            assert!(loopback_addresses(setting, false).is_empty());
+            loopback_addresses(setting, true).iter().map(IpAddr::to_string).collect()
+        };
+        assert_eq!(served(&NodePortAddresses::All), ["127.0.0.1", "::1"]);
+        assert!(served(&NodePortAddresses::Primary).is_empty());
+        assert_eq!(served(&cidrs(&["127.0.0.0/8", "::1/128"])), ["127.0.0.1", "::1"]);
+        // F2: nothing is said about the other family.
+        assert_eq!(served(&cidrs(&["192.0.2.0/24"])), ["::1"]);
+        assert_eq!(served(&cidrs(&["2001:db8::/32"])), ["127.0.0.1"]);
+        assert!(served(&cidrs(&["192.0.2.0/24", "2001:db8::/32"])).is_empty());
+    }
+
+    #[test]
+    fn e3_the_nodes_own_addresses_are_those_of_its_devices_and_its_object() {
+        let node = Node {
+            name: "n".into(),
+            zone: None,
+            internal_ips: ips(&["192.0.2.1"]),
+            external_ips: ips(&["203.0.113.5"]),
+        };
+        let local = ips(&["127.0.0.1", "::1", "192.0.2.1", "fe80::1", "2001:db8::1"]);
+        let own = own_addresses(&local, Some(&node));
+        assert_eq!(own, ips(&["192.0.2.1", "203.0.113.5", "2001:db8::1"]).into_iter().collect());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use ipnet::IpNet;
 use lb_common::{
     affinity::MemberKey,
     frontend::{FrontendValue, ServiceRecord},
@@ -25,6 +26,23 @@ impl Family {
             IpAddr::V4(_) => Self::V4,
             IpAddr::V6(_) => Self::V6,
         }
+    }
+
+    /// The family of a prefix.
+    pub const fn of_net(net: &IpNet) -> Self {
+        match net {
+            IpNet::V4(_) => Self::V4,
+            IpNet::V6(_) => Self::V6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
     }
 }
 
@@ -125,6 +143,35 @@ pub enum MapOp {
     },
     DeleteFrontend {
         frontend: Frontend,
+    },
+    /// Adds or changes the entry about an address as a whole. `kind`: one of the `KIND_*` of
+    /// `lb_common::frontend::flags`.
+    PutAddress {
+        addr: IpAddr,
+        kind: u32,
+    },
+    DeleteAddress {
+        addr: IpAddr,
+    },
+    /// Admits clients in `net` to the LoadBalancer addresses of a record.
+    PutRange {
+        service: u32,
+        net: IpNet,
+    },
+    DeleteRange {
+        service: u32,
+        net: IpNet,
+    },
+    /// Fills an element of `SERVICE_CIDRS4/6` that is not active.
+    WriteCidr {
+        index: u32,
+        net: IpNet,
+    },
+    /// Makes an element of `SERVICE_CIDRS4/6` count (`lb_common::cidr::flags`), or not (0).
+    SwitchCidr {
+        family: Family,
+        index: u32,
+        flags: u32,
     },
     DeleteMember {
         key: MemberKey,

@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use lb_common::{
     affinity::{MemberKey, member},
     frontend::{FrontendValue, ServiceRecord, SlotRange},
@@ -51,6 +52,8 @@ pub(super) struct Record {
     pub(super) local: Run,
     /// Entries of `AFFINITY_MEMBERS`: backend id and bits, sorted by id.
     pub(super) members: Box<[(u32, u32)]>,
+    /// Entries of `SOURCE_RANGES4/6`, sorted.
+    pub(super) ranges: Box<[IpNet]>,
     /// With flags, sorted.
     pub(super) claims: Box<[(Frontend, u32)]>,
     /// Hash of the endpoints that served at the last plan (UDP). 0: not known.
@@ -69,12 +72,13 @@ impl Record {
             cluster: Run::default(),
             local: Run::default(),
             members: Box::default(),
+            ranges: Box::default(),
             claims: Box::default(),
             serving: 0,
         }
     }
 
-    fn full(&self, resource: Resource, capacity: u32) -> Rejection {
+    pub(super) fn full(&self, resource: Resource, capacity: u32) -> Rejection {
         let record = self.name.to_string();
         Rejection::Full { service: self.owner.clone(), record, resource, capacity }
     }
@@ -298,6 +302,7 @@ impl Planner {
         self.by_name.remove(&record.name);
         self.plan_claims(id, &mut record, &[]);
         self.plan_members(id, &mut record, false, draft);
+        self.plan_ranges(id, &mut record, &[], draft);
         self.plan_retirement(id, &mut record, &Sets::default(), draft);
         for (backend, bits) in record.backends() {
             self.backends(record.family).release(backend, is_local(bits));

@@ -2,18 +2,22 @@
 //! over and goes with the first plan, in the usual order.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use lb_common::{affinity::MemberKey, frontend::SlotRange};
 
 use super::{
     Capacities, Planner,
     actual::{ActualService, ActualState},
+    addresses::Addresses,
     backends::Backends,
+    cidrs::Cidrs,
     draft::Draft,
-    frontends::Frontends,
+    frontends::{Frontends, Room},
+    held::Held,
     ids::Ids,
     op::{Family, MapOp, Protocol},
     record::{Record, Run},
@@ -28,6 +32,7 @@ pub(super) struct Leftovers {
     /// Their ids count as used until they are cleared.
     records: Vec<u32>,
     members: Vec<MemberKey>,
+    ranges: Vec<(u32, IpNet)>,
     /// Parts of runs that cannot be used but that packets may still read.
     runs: Vec<(u32, u32)>,
     /// Element 0 of `SERVICES` is no record.
@@ -37,6 +42,8 @@ pub(super) struct Leftovers {
 impl Leftovers {
     pub(super) fn plan(self, draft: &mut Draft) {
         draft.delete_members.extend(self.members.into_iter().map(|key| MapOp::DeleteMember { key }));
+        let deletion = |(service, net)| MapOp::DeleteRange { service, net };
+        draft.delete_ranges.extend(self.ranges.into_iter().map(deletion));
         let zero = self.clear_record_0.then_some(0);
         let cleared = zero.iter().chain(&self.records);
         draft.clear_records.extend(cleared.map(|id| MapOp::ClearService { service: *id }));
@@ -50,37 +57,54 @@ impl Planner {
     /// plan after a restart holds only what has changed meanwhile. Call [`Planner::plan_all`] next.
     pub fn recover(capacities: Capacities, actual: ActualState) -> (Self, Vec<Anomaly>) {
         let mut anomalies = Vec::new();
-        let used = actual.services.keys().copied().filter(|id| (1..capacities.services).contains(id));
+        let valid = |id: &u32| (1..capacities.services).contains(id);
+        let used: BTreeSet<u32> = actual.services.keys().copied().filter(valid).collect();
+        // What names a record that is not there must be gone before a record gets the id.
+        let named: BTreeSet<u32> =
+            named_records(&actual).filter(valid).filter(|id| !used.contains(id)).collect();
+        let mut room = Room::new(capacities.frontends);
         let mut backends =
             |family, found| Backends::recover(family, capacities.backends, found, &mut anomalies);
         let mut planner = Self {
             capacities,
-            record_ids: Ids::new(capacities.services, used),
+            record_ids: Ids::new(capacities.services, used.union(&named).copied()),
             records: BTreeMap::new(),
             by_name: HashMap::new(),
             owned: BTreeMap::new(),
             slots: Slots::new(capacities.slots),
             backends4: backends(Family::V4, actual.backends4),
             backends6: backends(Family::V6, actual.backends6),
-            frontends: Frontends::recover(capacities.frontends, BTreeMap::new()),
+            frontends: Frontends::recover(BTreeMap::new(), &mut room),
+            addresses: Addresses::recover(actual.addresses, &mut room),
+            room,
+            claimed: BTreeMap::new(),
+            cidrs: Cidrs::recover(actual.cidrs, &mut anomalies),
+            range_room: Room::new(capacities.source_ranges),
             members_in_kernel: actual.members.len() as u32,
             rejected: BTreeMap::new(),
             retry: false,
             no_local: Default::default(),
             leftovers: None,
+            inherited: BTreeSet::new(),
+            held: Held::default(),
         };
-        let mut leftovers = Leftovers::default();
+        let mut leftovers = Leftovers { records: named.into_iter().collect(), ..Leftovers::default() };
         let mut sound = planner.recover_records(actual.services, &mut leftovers, &mut anomalies);
         for (id, record) in &mut sound {
             planner.recover_runs(*id, record, &actual.slots, &mut leftovers, &mut anomalies);
         }
         recover_members(actual.members, &mut sound, &mut leftovers, &mut anomalies);
+        for (_, net) in &actual.ranges {
+            planner.range_room.take_over(Family::of_net(net));
+        }
+        recover_ranges(actual.ranges, &mut sound, &mut leftovers, &mut anomalies);
         for (frontend, value) in &actual.frontends {
             if !sound.contains_key(&value.service) {
                 anomalies.push(Anomaly::FrontendDangles { frontend: *frontend, service: value.service });
             }
         }
-        planner.frontends = Frontends::recover(capacities.frontends, actual.frontends);
+        planner.frontends = Frontends::recover(actual.frontends, &mut planner.room);
+        planner.inherited = planner.owned.keys().cloned().collect();
         planner.records = sound;
         planner.leftovers = Some(leftovers);
         (planner, anomalies)
@@ -214,6 +238,36 @@ fn recover_members(
     }
 }
 
+/// Ranges of records that are there; one of the other family admits nobody and goes too.
+fn recover_ranges(
+    ranges: BTreeSet<(u32, IpNet)>,
+    records: &mut BTreeMap<u32, Box<Record>>,
+    leftovers: &mut Leftovers,
+    anomalies: &mut Vec<Anomaly>,
+) {
+    let mut found: BTreeMap<u32, Vec<IpNet>> = BTreeMap::new();
+    for (service, net) in ranges {
+        if records.get(&service).is_some_and(|r| r.family == Family::of_net(&net)) {
+            found.entry(service).or_default().push(net);
+        } else {
+            anomalies.push(Anomaly::RangeDangles { service, net });
+            leftovers.ranges.push((service, net));
+        }
+    }
+    for (service, list) in found {
+        if let Some(record) = records.get_mut(&service) {
+            record.ranges = list.into();
+        }
+    }
+}
+
+/// Every record that an entry of another map names.
+fn named_records(actual: &ActualState) -> impl Iterator<Item = u32> {
+    let frontends = actual.frontends.values().map(|value| value.service);
+    let members = actual.members.keys().map(|key| key.service);
+    frontends.chain(members).chain(actual.ranges.iter().map(|(service, _)| *service))
+}
+
 /// Reads `namespace/name:port/TCP/v4` back. The name is the record's identity; what it says must be what its creator
 /// meant, so anything else is nobody's.
 fn parse(name: &str, service: &ActualService) -> Option<Record> {
@@ -237,6 +291,7 @@ fn parse(name: &str, service: &ActualService) -> Option<Record> {
         cluster: Run::default(),
         local: Run::default(),
         members: Box::default(),
+        ranges: Box::default(),
         claims: Box::default(),
         serving: 0,
     })

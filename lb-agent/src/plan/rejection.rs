@@ -2,6 +2,8 @@
 
 use std::{fmt, net::IpAddr};
 
+use ipnet::IpNet;
+
 use super::op::{Family, Frontend};
 use crate::model::ServiceKey;
 
@@ -20,16 +22,30 @@ pub enum Rejection {
     /// A record without its name could not be found again after a restart.
     #[error("Service {service}: the name {record} is longer than {capacity} bytes")]
     NameTooLong { service: ServiceKey, record: String, capacity: usize },
+    /// E4: what kube-proxy does, and what hardly anybody means.
+    #[error(
+        "Service {service}: spec.loadBalancerSourceRanges has no {family} range, so its {family} LoadBalancer addresses \
+         admit everybody; add one"
+    )]
+    UnfilteredFamily { service: ServiceKey, family: Family },
+    /// Unassigned addresses in it are not dropped.
+    #[error(
+        "ServiceCIDR {cidr} is one too many: {capacity} of a family are told apart; packets to addresses in it that no \
+         Service has are not dropped"
+    )]
+    TooManyCidrs { cidr: IpNet, capacity: u32 },
 }
 
 impl Rejection {
-    /// The Service that is not programmed in full.
-    pub fn service(&self) -> &ServiceKey {
+    /// The Service that is not programmed in full, if it is about one.
+    pub fn service(&self) -> Option<&ServiceKey> {
         match self {
             Self::FrontendTaken { service, .. }
             | Self::ExternalIpNotAllowed { service, .. }
             | Self::Full { service, .. }
-            | Self::NameTooLong { service, .. } => service,
+            | Self::NameTooLong { service, .. }
+            | Self::UnfilteredFamily { service, .. } => Some(service),
+            Self::TooManyCidrs { .. } => None,
         }
     }
 }
@@ -42,6 +58,7 @@ pub enum Resource {
     Slots,
     Backends(Family),
     Members,
+    SourceRanges(Family),
 }
 
 impl Resource {
@@ -53,6 +70,7 @@ impl Resource {
             Self::Slots => "raise --max-slots",
             // The map of members is made with as many entries as those of backends.
             Self::Backends(_) | Self::Members => "raise --max-backends",
+            Self::SourceRanges(_) => "raise --max-source-ranges",
         }
     }
 }
@@ -67,6 +85,8 @@ impl fmt::Display for Resource {
             Self::Backends(Family::V4) => "IPv4 backends",
             Self::Backends(Family::V6) => "IPv6 backends",
             Self::Members => "session affinity members",
+            Self::SourceRanges(Family::V4) => "IPv4 loadBalancerSourceRanges",
+            Self::SourceRanges(Family::V6) => "IPv6 loadBalancerSourceRanges",
         })
     }
 }
@@ -94,4 +114,10 @@ pub enum Anomaly {
     FrontendDangles { frontend: Frontend, service: u32 },
     #[error("an affinity member names service record {service}, which does not exist")]
     MemberDangles { service: u32, backend: u32 },
+    #[error("the source range {net} is of service record {service}, which does not exist")]
+    RangeDangles { service: u32, net: IpNet },
+    #[error(
+        "{family} ServiceCIDR element {index} is no prefix, beyond the end, or has unknown flags {flags:#x}"
+    )]
+    CidrInvalid { family: Family, index: u32, flags: u32 },
 }

@@ -30,7 +30,7 @@ impl Changes {
         let object = match event {
             Event::Apply(object) => object.reference(),
             Event::Delete(object) => object.clone(),
-            Event::Synced => return,
+            Event::Missing(_) | Event::Synced => return,
         };
         match object.kind {
             Kind::Service => {
@@ -46,7 +46,7 @@ impl Changes {
                     self.triggers.extend(trigger(event).filter(|(_, at)| *at > self.started));
                 }
             }
-            Kind::Node => return,
+            Kind::Node | Kind::ServiceCidr => return,
         }
         metrics.set_pending(self.services.len(), self.slices);
     }

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -15,11 +14,11 @@ use crate::{
     maps::{Applied, MapError, Maps, Refused},
     model::{Dirty, Model, ServiceKey, convert},
     plan::{
-        ActualState, Capacities, MapOp, NodeView, Plan, Planner, Retired, no_local::NoLocalEndpoints,
-        nodeport::nodeport_addresses,
+        ActualState, Capacities, Held, MapOp, NodeView, Plan, Planner, Retired, no_local::NoLocalEndpoints,
+        nodeport::loopback_addresses,
     },
     settings::NodePortAddresses,
-    source::{Object, ObjectRef},
+    source::{Missing, Object, ObjectRef},
 };
 
 /// Plans that free room are followed by another one for whoever waits for it: at most so many times in one turn.
@@ -73,6 +72,8 @@ pub struct Outcome {
     pub retired: Vec<Retired>,
     /// Rule C8, as of now.
     pub no_local: NoLocalEndpoints,
+    /// The maps were read, and hold now what they should: flows of an earlier run may have to go, whatever was retired.
+    pub recovered: bool,
 }
 
 /// The settings that planning needs.
@@ -81,6 +82,8 @@ pub struct NodeRules {
     pub name: String,
     pub nodeport_addresses: NodePortAddresses,
     pub allow_external_ips: Vec<IpNet>,
+    pub localhost_nodeports: bool,
+    pub service_cidrs: Vec<IpNet>,
 }
 
 /// The model, the planner and the maps.
@@ -95,6 +98,13 @@ pub struct Core<K> {
     dirty: BTreeSet<ServiceKey>,
     all_dirty: bool,
     revision: u64,
+    cidrs_dirty: bool,
+    /// Plan everything, whatever is dirty.
+    replan: bool,
+    /// What the source cannot read.
+    missing: Held,
+    /// Services of which an object cannot be understood, and never could.
+    unconverted: BTreeMap<ObjectRef, Option<ServiceKey>>,
     rejections: Rejections,
     health_checks: Tracker,
 }
@@ -110,6 +120,10 @@ impl<K: Kernel> Core<K> {
             dirty: BTreeSet::new(),
             all_dirty: false,
             revision: 0,
+            cidrs_dirty: false,
+            replan: false,
+            missing: Held::default(),
+            unconverted: BTreeMap::new(),
             rejections: Rejections::default(),
             health_checks: Tracker::default(),
         }
@@ -128,9 +142,44 @@ impl<K: Kernel> Core<K> {
                 self.rejections.converted(object.reference(), converted.rejections);
                 let dirty = self.model.apply(converted.object);
                 self.mark(dirty);
+                self.replan |= self.unconverted.remove(&object.reference()).is_some();
             }
-            Err(rejection) => self.rejections.converted(object.reference(), vec![rejection]),
+            Err(rejection) => {
+                self.rejections.converted(object.reference(), vec![rejection]);
+                self.hold(object);
+            }
         }
+    }
+
+    /// Takes in what the source cannot read as of now.
+    pub fn missing(&mut self, missing: &Missing) {
+        let services = missing.services.iter().map(|(namespace, name)| ServiceKey::new(namespace, name));
+        self.missing = Held { services: services.collect(), unknown: missing.unknown };
+        self.replan = true;
+    }
+
+    /// Of an object that was never understood, what an earlier run programmed is the last good state.
+    fn hold(&mut self, object: &Object) {
+        let reference = object.reference();
+        if self.is_started() || self.unconverted.contains_key(&reference) {
+            return;
+        }
+        let service = match object {
+            Object::Service(_) => Some(ServiceKey::new(&reference.namespace, &reference.name)),
+            Object::EndpointSlice(slice) => {
+                let labels = slice.metadata.labels.as_ref();
+                let name = labels.and_then(|l| l.get(convert::SERVICE_NAME_LABEL));
+                name.map(|name| ServiceKey::new(&reference.namespace, name))
+            }
+            Object::Node(_) | Object::ServiceCidr(_) => return,
+        };
+        self.unconverted.insert(reference, service);
+    }
+
+    fn held(&self) -> Held {
+        let mut held = self.missing.clone();
+        held.services.extend(self.unconverted.values().flatten().cloned());
+        held
     }
 
     /// Takes in that an object is gone.
@@ -138,6 +187,7 @@ impl<K: Kernel> Core<K> {
         self.rejections.deleted(object);
         let dirty = self.model.apply(convert::deleted(object));
         self.mark(dirty);
+        self.replan |= self.unconverted.remove(object).is_some();
     }
 
     fn mark(&mut self, dirty: Dirty) {
@@ -145,6 +195,7 @@ impl<K: Kernel> Core<K> {
             Dirty::Nothing => return,
             Dirty::Services(keys) => self.dirty.extend(keys),
             Dirty::All => self.all_dirty = true,
+            Dirty::ServiceCidrs => self.cidrs_dirty = true,
         }
         self.revision += 1;
     }
@@ -156,7 +207,7 @@ impl<K: Kernel> Core<K> {
 
     /// Something has changed since the last turn.
     pub fn is_dirty(&self) -> bool {
-        self.all_dirty || !self.dirty.is_empty()
+        self.all_dirty || self.cidrs_dirty || self.replan || !self.dirty.is_empty()
     }
 
     /// There has been a first turn.
@@ -168,11 +219,12 @@ impl<K: Kernel> Core<K> {
     pub fn sync(&mut self, local: &BTreeSet<IpAddr>) -> Result<Outcome, SyncError> {
         let view = self.look_at_node(local);
         // A changed view changes every Service; a change of the node that leaves the view as it was changes none.
-        let all = self.view.as_ref() != Some(&view);
+        let all = std::mem::take(&mut self.replan) || self.view.as_ref() != Some(&view);
         self.all_dirty = false;
+        let cidrs = std::mem::take(&mut self.cidrs_dirty);
         let dirty = std::mem::take(&mut self.dirty);
-        let mut outcome =
-            Outcome { ran: all || !dirty.is_empty() || self.planner.is_none(), ..Outcome::default() };
+        let ran = all || cidrs || !dirty.is_empty() || self.planner.is_none();
+        let mut outcome = Outcome { ran, ..Outcome::default() };
         self.view = Some(view.clone());
         self.health_checks.mark(all, &dirty);
         let result = self.program(&view, all, &dirty, &mut outcome);
@@ -199,16 +251,22 @@ impl<K: Kernel> Core<K> {
             *outcome.operations.entry(kind).or_insert(0) += n;
         }
         outcome.retired.extend(audit.retired);
-        Ok(Outcome { ran: true, full: true, rejected: audit.rejected, no_local: audit.no_local, ..outcome })
+        Ok(Outcome {
+            ran: true,
+            recovered: true,
+            full: true,
+            rejected: audit.rejected,
+            no_local: audit.no_local,
+            ..outcome
+        })
     }
 
     fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
-        let node = self.model.node();
+        let rules = &self.rules;
         NodeView {
-            name: Arc::from(self.rules.name.as_str()),
-            zone: node.and_then(|n| n.zone.clone()),
-            nodeport_addresses: nodeport_addresses(&self.rules.nodeport_addresses, local, node),
-            allow_external_ips: self.rules.allow_external_ips.clone(),
+            loopback_addresses: loopback_addresses(&rules.nodeport_addresses, rules.localhost_nodeports),
+            service_cidrs: rules.service_cidrs.clone(),
+            ..NodeView::new(&self.model, &rules.nodeport_addresses, &rules.allow_external_ips, local)
         }
     }
 
@@ -224,6 +282,7 @@ impl<K: Kernel> Core<K> {
             Some(planner) => (planner, false),
             None => (self.recover()?, true),
         };
+        planner.set_held(self.held());
         outcome.full = all || recovered;
         let mut plan = if outcome.full {
             planner.plan_all(&self.model, view)
@@ -237,6 +296,7 @@ impl<K: Kernel> Core<K> {
             }
             plan = planner.plan_services(&self.model, view, []);
         }
+        outcome.recovered = recovered;
         self.rejections.planned(planner.rejections());
         outcome.no_local = planner.no_local_endpoints();
         self.planner = Some(planner);
@@ -254,6 +314,8 @@ impl<K: Kernel> Core<K> {
 
     fn carry_out(&mut self, plan: &mut Plan, outcome: &mut Outcome) -> Result<(), SyncError> {
         if plan.ops.is_empty() {
+            // Flows may have to go even where the maps are right: an earlier run may have come no further than these.
+            outcome.retired.append(&mut plan.retired);
             return Ok(());
         }
         let mut applied = self.kernel.apply(&plan.ops)?;
@@ -280,6 +342,12 @@ fn kind(op: &MapOp) -> &'static str {
         MapOp::PutFrontend { .. } => "put_frontend",
         MapOp::DeleteFrontend { .. } => "delete_frontend",
         MapOp::DeleteMember { .. } => "delete_member",
+        MapOp::PutAddress { .. } => "put_address",
+        MapOp::DeleteAddress { .. } => "delete_address",
+        MapOp::PutRange { .. } => "put_range",
+        MapOp::DeleteRange { .. } => "delete_range",
+        MapOp::WriteCidr { .. } => "write_cidr",
+        MapOp::SwitchCidr { .. } => "switch_cidr",
         MapOp::Grace => "grace",
         MapOp::ClearService { .. } => "clear_service",
         MapOp::ClearBackend { .. } => "clear_backend",

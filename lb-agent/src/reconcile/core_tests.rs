@@ -1,13 +1,13 @@
 use std::io;
 
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
-use lb_common::maps::name;
+use lb_common::{frontend::FrontendValue, maps::name};
 use serde_json::json;
 
 use super::*;
 use crate::{
     plan::{
-        ActualService,
+        ActualCidr, ActualService,
         op::{Family, Frontend, Protocol},
     },
     source::Kind,
@@ -22,11 +22,20 @@ pub(in crate::reconcile) struct FakeKernel {
     /// The next so many plans are refused in part.
     pub refuse: usize,
     reads: std::cell::Cell<usize>,
+    /// What elements of `SERVICE_CIDRS4/6` hold before they count.
+    cidrs: BTreeMap<(Family, u32), IpNet>,
 }
 
 impl Kernel for FakeKernel {
     fn capacities(&self) -> Capacities {
-        Capacities { frontends: 100_000, services: 10_000, slots: 100_000, backends: 10_000, members: 1000 }
+        Capacities {
+            frontends: 100_000,
+            services: 10_000,
+            slots: 100_000,
+            backends: 10_000,
+            members: 1000,
+            source_ranges: 1000,
+        }
     }
 
     fn read_actual(&self) -> Result<ActualState, MapError> {
@@ -66,6 +75,20 @@ impl FakeKernel {
             MapOp::PutFrontend { frontend, value } => drop(s.frontends.insert(frontend, value)),
             MapOp::DeleteFrontend { frontend } => drop(s.frontends.remove(&frontend)),
             MapOp::DeleteMember { key } => drop(s.members.remove(&key)),
+            MapOp::PutAddress { addr, kind } => {
+                s.addresses.insert(addr, FrontendValue { service: 0, flags: kind });
+            }
+            MapOp::DeleteAddress { addr } => drop(s.addresses.remove(&addr)),
+            MapOp::PutRange { service, net } => drop(s.ranges.insert((service, net))),
+            MapOp::DeleteRange { service, net } => drop(s.ranges.remove(&(service, net))),
+            MapOp::WriteCidr { index, net } => {
+                self.cidrs.insert((Family::of_net(&net), index), net);
+            }
+            MapOp::SwitchCidr { family, index, flags: 0 } => drop(s.cidrs.remove(&(family, index))),
+            MapOp::SwitchCidr { family, index, flags } => {
+                let net = self.cidrs.get(&(family, index)).copied();
+                s.cidrs.insert((family, index), ActualCidr { net, flags });
+            }
             MapOp::Grace => {}
             MapOp::ClearService { service } => drop(s.services.remove(&service)),
             MapOp::ClearBackend { family: Family::V4, id } => drop(s.backends4.remove(&id)),
@@ -79,6 +102,8 @@ pub(in crate::reconcile) fn rules() -> NodeRules {
         name: "node1".into(),
         nodeport_addresses: NodePortAddresses::All,
         allow_external_ips: Vec::new(),
+        localhost_nodeports: false,
+        service_cidrs: Vec::new(),
     }
 }
 
@@ -279,4 +304,75 @@ fn h4_health_checks_are_published_once_the_maps_hold_the_plan() {
     core.delete(&service(0).reference());
     core.sync(&node_addresses()).unwrap();
     assert!(seen.has_changed().unwrap() && seen.borrow().servers.is_empty());
+}
+
+fn missing(names: &[&str]) -> Missing {
+    let services = names.iter().map(|n| ("default".to_owned(), (*n).to_owned())).collect();
+    Missing { services, unknown: false }
+}
+
+#[test]
+fn i7_objects_that_cannot_be_read_at_start_keep_what_an_earlier_run_programmed() {
+    let mut core = core_with(3);
+    core.sync(&node_addresses()).unwrap();
+    let state = core.kernel.state;
+    // s0 is no object, s1 one that makes no sense, s2 has not changed.
+    let mut next = Core::new(FakeKernel::default(), rules());
+    next.kernel.state = state.clone();
+    next.missing(&missing(&["s0"]));
+    let Object::Service(mut bad) = service(1) else { panic!("a Service") };
+    bad.spec.as_mut().unwrap().type_ = Some("Nonsense".into());
+    next.apply(&Object::Service(bad));
+    next.apply(&service(2));
+    next.apply(&slice(2, &[4, 5]));
+    next.sync(&node_addresses()).unwrap();
+    assert_eq!(next.kernel.state, state);
+    next.audit(&node_addresses()).unwrap();
+    assert_eq!(next.kernel.state, state);
+    // One of them is gone after all, the other one makes sense again.
+    next.missing(&missing(&[]));
+    next.apply(&service(1));
+    next.apply(&slice(1, &[2, 3]));
+    assert!(next.is_dirty());
+    next.sync(&node_addresses()).unwrap();
+    assert_eq!((next.kernel.state.frontends.len(), next.kernel.state.backends4.len()), (2, 4));
+}
+
+#[test]
+fn c7_service_cidr_objects_and_those_of_the_settings_are_programmed() {
+    let mut rules = rules();
+    rules.service_cidrs = vec!["10.96.0.0/16".parse().unwrap()];
+    let mut core = Core::new(FakeKernel::default(), rules);
+    core.sync(&node_addresses()).unwrap();
+    let object: k8s_openapi::api::networking::v1::ServiceCIDR = serde_json::from_value(json!({
+        "metadata": {"name": "more"}, "spec": {"cidrs": ["10.98.0.0/16"]},
+    }))
+    .unwrap();
+    core.apply(&object.into());
+    assert!(core.is_dirty());
+    let outcome = core.sync(&node_addresses()).unwrap();
+    assert!(outcome.ran && !core.is_dirty());
+    let nets = |core: &Core<FakeKernel>| -> Vec<String> {
+        core.kernel.state.cidrs.values().filter_map(|c| Some(c.net?.to_string())).collect()
+    };
+    assert_eq!(nets(&core), ["10.96.0.0/16", "10.98.0.0/16"]);
+    core.delete(&ObjectRef { kind: Kind::ServiceCidr, namespace: String::new(), name: "more".into() });
+    core.sync(&node_addresses()).unwrap();
+    assert_eq!(nets(&core), ["10.96.0.0/16"]);
+}
+
+/// A run that was killed after its maps were right may not have come to its flows.
+#[test]
+fn i1_the_first_turn_names_udp_records_even_if_the_maps_are_right() {
+    let Object::Service(mut dns) = service(0) else { panic!("a Service") };
+    dns.spec.as_mut().unwrap().ports.as_mut().unwrap()[0].protocol = Some("UDP".into());
+    let mut core = Core::new(FakeKernel::default(), rules());
+    core.apply(&Object::Service(dns.clone()));
+    core.sync(&node_addresses()).unwrap();
+    let mut next = Core::new(FakeKernel::default(), rules());
+    next.kernel.state = core.kernel.state;
+    next.apply(&Object::Service(dns));
+    let outcome = next.sync(&node_addresses()).unwrap();
+    assert!(next.kernel.plans.is_empty(), "{:?}", next.kernel.plans);
+    assert_eq!(outcome.retired.iter().map(|r| r.service).collect::<Vec<_>>(), [1]);
 }

@@ -39,7 +39,8 @@ impl Rejections {
     pub fn planned(&mut self, rejections: Vec<plan::Rejection>) {
         let now: BTreeSet<_> = rejections.into_iter().collect();
         for r in now.difference(&self.planned) {
-            tracing::warn!(service = %r.service(), reason = %r, "not programmed");
+            let service = r.service().map(tracing::field::display);
+            tracing::warn!(service, reason = %r, "not programmed as asked");
         }
         self.planned = now;
     }
@@ -60,6 +61,7 @@ fn conversion_reason(reason: &Reason) -> &'static str {
     match reason {
         Reason::Missing => "missing_field",
         Reason::NotAnAddress(_) => "not_an_address",
+        Reason::NotAPrefix(_) => "not_a_prefix",
         Reason::SpecialAddress(_) => "special_address",
         Reason::WrongFamily { .. } => "wrong_family",
         Reason::SecondOfFamily(_) => "second_of_family",
@@ -76,5 +78,7 @@ fn planning_reason(rejection: &plan::Rejection) -> &'static str {
         plan::Rejection::ExternalIpNotAllowed { .. } => "external_ip_not_allowed",
         plan::Rejection::Full { .. } => "full",
         plan::Rejection::NameTooLong { .. } => "name_too_long",
+        plan::Rejection::UnfilteredFamily { .. } => "unfiltered_family",
+        plan::Rejection::TooManyCidrs { .. } => "too_many_service_cidrs",
     }
 }

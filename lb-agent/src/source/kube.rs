@@ -3,6 +3,7 @@
 //! `kube::runtime::watcher` lists, watches and resumes; this module decides when to start over, remembers which objects
 //! were sent so that a fresh list can take back those that are gone, and says once when something is wrong.
 
+mod cidrs;
 mod connect;
 mod link;
 
@@ -36,32 +37,39 @@ use self::link::{Link, Links};
 use super::{
     Closed, Event, Kind, Object, ObjectRef, send,
     status::SourceStatus,
-    strip::{FOREIGN_LABELS, Strip},
+    strip::{Strip, foreign_labels},
 };
 
 /// A failed watch that is silent for this long after it was tried again stands: the watcher tells of failures at once (or
 /// after the time to connect), but never of success.
 const STANDS_AFTER: Duration = connect::CONNECT_TIMEOUT.saturating_add(Duration::from_secs(5));
 
-/// Sends all Services, EndpointSlices and this node's object, then [`Event::Synced`], then every change, until the
+/// Sends all Services, EndpointSlices, ServiceCIDRs and this node's object, then [`Event::Synced`], then every change, until the
 /// receiver is gone. While the API server is away, nothing is sent.
 pub async fn run(client: Client, node_name: &str, tx: mpsc::Sender<Event>, status: Arc<SourceStatus>) {
     // Lists are of the most recent state: after a restart, an old state from another server's cache could bring endpoints
     // back that are long gone. In pages, so that neither side holds a whole large cluster at once.
-    let foreign = FOREIGN_LABELS.map(|label| format!("!{label}")).join(",");
-    let ours = watcher::Config::default().labels(&foreign).page_size(500);
+    let ours = |kind| {
+        let without: Vec<String> = foreign_labels(kind).iter().map(|label| format!("!{label}")).collect();
+        watcher::Config::default().labels(&without.join(",")).page_size(500)
+    };
     let node = watcher::Config::default().fields(&format!("metadata.name={node_name}"));
     let source = Source {
         tx: tx.clone(),
-        to_sync: Arc::new(AtomicUsize::new(3)),
+        to_sync: Arc::new(AtomicUsize::new(4)),
         links: Arc::new(Links::new(status.clone())),
         status,
     };
     let all = async {
         tokio::join!(
-            source.watch(Api::<Service>::all(client.clone()), Kind::Service, ours.clone()),
-            source.watch(Api::<EndpointSlice>::all(client.clone()), Kind::EndpointSlice, ours),
-            source.watch(Api::<Node>::all(client), Kind::Node, node),
+            source.watch(Api::<Service>::all(client.clone()), Kind::Service, ours(Kind::Service)),
+            source.watch(
+                Api::<EndpointSlice>::all(client.clone()),
+                Kind::EndpointSlice,
+                ours(Kind::EndpointSlice)
+            ),
+            source.watch(Api::<Node>::all(client.clone()), Kind::Node, node),
+            source.watch_service_cidrs(Api::all(client)),
         )
     };
     tokio::select! {
@@ -176,6 +184,18 @@ impl Source {
             return Ok(());
         }
         tracing::info!(kind = %known.kind, objects = known.sent.len(), "listed");
+        self.count_down().await
+    }
+
+    /// Nothing more of a kind is to be waited for, listed or not.
+    async fn complete(&self, known: &mut Known) -> Result<(), Closed> {
+        if std::mem::replace(&mut known.complete, true) {
+            return Ok(());
+        }
+        self.count_down().await
+    }
+
+    async fn count_down(&self) -> Result<(), Closed> {
         if self.to_sync.fetch_sub(1, Ordering::AcqRel) == 1 {
             send(&self.tx, &self.status, Event::Synced).await?;
         }

@@ -24,7 +24,7 @@ use self::{
     store::{Changes, Finding, Store},
     watch::Watch,
 };
-use super::{Closed, Event, send, status::SourceStatus};
+use super::{Closed, Event, Missing, send, status::SourceStatus};
 
 /// Files are looked at when nothing has happened for this long: writers are often halfway at the first event.
 const QUIET: Duration = Duration::from_millis(100);
@@ -52,7 +52,7 @@ pub async fn run(dir: PathBuf, tx: mpsc::Sender<Event>, status: Arc<SourceStatus
     let changed = Arc::new(Notify::new());
     let mut watch = Watch::new(&dir, changed.clone());
     let mut store = Store::new(dir.clone());
-    let mut synced = false;
+    let mut told = Told::default();
     loop {
         watch.renew();
         let busy = watch.busy();
@@ -65,7 +65,8 @@ pub async fn run(dir: PathBuf, tx: mpsc::Sender<Event>, status: Arc<SourceStatus
         .map_err(|source| Error::Failed { dir: dir.clone(), source })?;
         report(&dir, &changes, &status);
         status.set_connected(!store.is_unreadable());
-        if tell(changes, store.is_unreadable(), &mut synced, &tx, &status).await.is_err() {
+        let readable = (!store.is_unreadable()).then(|| store.missing());
+        if told.tell(changes, readable, &tx, &status).await.is_err() {
             return Ok(());
         }
         let poll = if watch.is_set() { POLL } else { POLL_UNWATCHED };
@@ -76,24 +77,37 @@ pub async fn run(dir: PathBuf, tx: mpsc::Sender<Event>, status: Arc<SourceStatus
     }
 }
 
-/// Sends the changes, and once that everything known at start has been sent. A directory that could not be read is not an
-/// empty one.
-async fn tell(
-    changes: Changes,
-    unreadable: bool,
-    synced: &mut bool,
-    tx: &mpsc::Sender<Event>,
-    status: &SourceStatus,
-) -> Result<(), Closed> {
-    for event in changes.events {
-        send(tx, status, event).await?;
+/// What the receiver has been told of the directory as a whole.
+#[derive(Default)]
+struct Told {
+    synced: bool,
+    missing: Missing,
+}
+
+impl Told {
+    /// Sends the changes, and what is missing now (`None`: nothing can be said, as the directory cannot be read); once, that
+    /// everything known at start has been sent. A directory that could not be read is not an empty one.
+    async fn tell(
+        &mut self,
+        changes: Changes,
+        missing: Option<Missing>,
+        tx: &mpsc::Sender<Event>,
+        status: &SourceStatus,
+    ) -> Result<(), Closed> {
+        for event in changes.events {
+            send(tx, status, event).await?;
+        }
+        let Some(missing) = missing else { return Ok(()) };
+        if missing != self.missing {
+            self.missing = missing.clone();
+            send(tx, status, Event::Missing(missing)).await?;
+        }
+        if !std::mem::replace(&mut self.synced, true) {
+            status.count_relist();
+            send(tx, status, Event::Synced).await?;
+        }
+        Ok(())
     }
-    if !*synced && !unreadable {
-        *synced = true;
-        status.count_relist();
-        send(tx, status, Event::Synced).await?;
-    }
-    Ok(())
 }
 
 fn report(dir: &Path, changes: &Changes, status: &SourceStatus) {
@@ -149,10 +163,15 @@ mod tests {
     #[tokio::test]
     async fn a_directory_that_cannot_be_read_is_not_in_sync() {
         let (tx, mut rx) = mpsc::channel(4);
-        let (mut synced, status) = (false, SourceStatus::default());
-        tell(Changes::default(), true, &mut synced, &tx, &status).await.unwrap();
-        assert!(rx.try_recv().is_err() && !synced);
-        tell(Changes::default(), false, &mut synced, &tx, &status).await.unwrap();
-        assert!(matches!(rx.try_recv(), Ok(Event::Synced)));
+        let (mut told, status) = (Told::default(), SourceStatus::default());
+        told.tell(Changes::default(), None, &tx, &status).await.unwrap();
+        assert!(rx.try_recv().is_err() && !told.synced);
+        let missing = Missing { unknown: true, ..Missing::default() };
+        for _ in 0..2 {
+            told.tell(Changes::default(), Some(missing.clone()), &tx, &status).await.unwrap();
+        }
+        assert_eq!(rx.try_recv(), Ok(Event::Missing(missing)));
+        assert_eq!(rx.try_recv(), Ok(Event::Synced));
+        assert!(rx.try_recv().is_err());
     }
 }

@@ -4,21 +4,36 @@ use k8s_openapi::{
     api::{
         core::v1::{Node, NodeSpec, NodeStatus, Service, ServiceStatus},
         discovery::v1::EndpointSlice,
+        networking::v1::ServiceCIDR,
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-/// Objects with one of these labels are not ours (kube-proxy rule: headless Services program nothing, and
-/// `service-proxy-name` hands a Service to another proxy). The API server filters with the same keys.
-pub const FOREIGN_LABELS: [&str; 2] =
-    ["service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"];
+use crate::source::Kind;
+
+/// Of a Service: clients find its pods by DNS alone.
+const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// Hands a Service to another proxy.
+const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+
+/// Objects of a kind with one of these labels are not ours (kube-proxy rule I9). The API server filters with the same keys.
+///
+/// Services of other proxies are read nevertheless: packets to their ClusterIPs are not to be dropped as unassigned.
+pub const fn foreign_labels(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::Service => &[HEADLESS_LABEL],
+        Kind::EndpointSlice => &[HEADLESS_LABEL, PROXY_NAME_LABEL],
+        Kind::Node | Kind::ServiceCidr => &[],
+    }
+}
 
 /// When the pod or Service changed that the EndpointSlice controller wrote a slice for, in RFC 3339.
 pub const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// True if the object belongs to another proxy or to nobody.
-pub fn is_foreign(meta: &ObjectMeta) -> bool {
-    meta.labels.as_ref().is_some_and(|labels| FOREIGN_LABELS.iter().any(|key| labels.contains_key(*key)))
+pub fn is_foreign(kind: Kind, meta: &ObjectMeta) -> bool {
+    let has = |key: &&str| meta.labels.as_ref().is_some_and(|labels| labels.contains_key(*key));
+    foreign_labels(kind).iter().any(has)
 }
 
 /// An object that can be cut down to what the agent reads.
@@ -72,5 +87,12 @@ impl Strip for Node {
         });
         self.status =
             self.status.take().map(|status| NodeStatus { addresses: status.addresses, ..Default::default() });
+    }
+}
+
+impl Strip for ServiceCIDR {
+    fn strip(&mut self) {
+        strip_meta(&mut self.metadata);
+        self.status = None;
     }
 }

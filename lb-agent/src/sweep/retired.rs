@@ -19,19 +19,21 @@ use crate::{
 };
 
 /// What still serves, by record.
-#[derive(Debug, Default)]
-pub struct Serving {
+pub struct Serving<'a> {
+    /// Whether a record is in use. Flows of one that is not were left by an agent that ended after it had cleared the record
+    /// and before it came to the flows.
+    in_use: &'a dyn Fn(u32) -> bool,
     by_record: HashMap<u32, Vec<(IpAddr, u16)>>,
     /// Kernel jiffies, low 32 bits. Flows that began later were opened by what is in the maps now, not before the change:
     /// the walk through the tables takes a while, and the next change does not wait for it.
     until: u32,
 }
 
-impl Serving {
+impl<'a> Serving<'a> {
     /// Those of one family; the last word on a record counts.
-    pub fn of(family: Family, retired: &[Retired], until: u32) -> Self {
+    pub fn of(family: Family, retired: &[Retired], in_use: &'a dyn Fn(u32) -> bool, until: u32) -> Self {
         let of_family = retired.iter().filter(|r| r.family == family);
-        Self { by_record: of_family.map(|r| (r.service, r.serving.clone())).collect(), until }
+        Self { in_use, by_record: of_family.map(|r| (r.service, r.serving.clone())).collect(), until }
     }
 
     /// True if no record of the family is concerned.
@@ -45,14 +47,19 @@ impl Serving {
             return false;
         }
         let is_newer = (flow.created.wrapping_sub(self.until) as i32) > 0;
-        let Some(serving) = self.by_record.get(&flow.service).filter(|_| !is_newer) else { return false };
-        // `serving` is sorted.
-        serving.binary_search(&(flow.dst.to_ip(), flow.dport.get())).is_err()
+        if is_newer {
+            return false;
+        }
+        match self.by_record.get(&flow.service) {
+            // It is sorted.
+            Some(serving) => serving.binary_search(&(flow.dst.to_ip(), flow.dport.get())).is_err(),
+            None => !(self.in_use)(flow.service),
+        }
     }
 }
 
 /// Deletes stale flows, both entries of each. Returns how many.
-pub fn purge<A: Addr + ToIp>(table: &FlowTable<A>, serving: &Serving) -> Result<u64, SweepError>
+pub fn purge<A: Addr + ToIp>(table: &FlowTable<A>, serving: &Serving<'_>) -> Result<u64, SweepError>
 where
     Tuple<A>: Pod,
     Flow<A>: Pod,
@@ -81,7 +88,8 @@ mod tests {
         let retired =
             Retired { service: 3, family: Family::V4, serving: vec![("10.1.0.2".parse().unwrap(), 53)] };
         let other = Retired { family: Family::V6, ..retired.clone() };
-        let serving = Serving::of(Family::V4, &[retired, other], 100);
+        let in_use = |service| service != 5;
+        let serving = Serving::of(Family::V4, &[retired, other], &in_use, 100);
         let key = |proto| Tuple::<V4>::new(a(9), Be16::new(4000), a(1), Be16::new(53), proto);
         let flow = |dst, port, service, flags| Flow {
             dst: a(dst),
@@ -95,6 +103,8 @@ mod tests {
         assert!(serving.is_stale(&key(proto::UDP), &flow(2, 54, 3, 0)));
         assert!(!serving.is_stale(&key(proto::UDP), &flow(2, 53, 3, 0)));
         assert!(!serving.is_stale(&key(proto::UDP), &flow(3, 53, 4, 0)));
+        assert!(serving.is_stale(&key(proto::UDP), &flow(3, 53, 5, 0)), "nobody's record any more");
+        assert!(!serving.is_stale(&key(proto::TCP), &flow(3, 53, 5, 0)));
         assert!(!serving.is_stale(&key(proto::TCP), &flow(3, 53, 3, 0)));
         assert!(!serving.is_stale(&key(proto::UDP), &flow(3, 53, 3, flags::REPLY)));
         let newer = Flow { created: 101, ..flow(3, 53, 3, 0) };

@@ -19,6 +19,7 @@ use tokio::{
 pub const SERVICES: &str = "/api/v1/services";
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 pub const NODES: &str = "/api/v1/nodes";
+pub const SERVICE_CIDRS: &str = "/apis/networking.k8s.io/v1/servicecidrs";
 
 /// A request as it came: path, and the query decoded.
 #[derive(Clone, Debug)]
@@ -122,7 +123,7 @@ impl ApiServer {
         state.version += 1;
         object["metadata"]["name"] = name.into();
         object["metadata"]["resourceVersion"] = state.version.to_string().into();
-        if path != NODES {
+        if path != NODES && path != SERVICE_CIDRS {
             object["metadata"]["namespace"] = "ns".into();
         }
         let old = state.objects.insert((path.into(), name.into()), object.clone());
@@ -302,6 +303,7 @@ fn parse(target: &str) -> Request {
 fn status(code: u16) -> Value {
     let (reason, message) = match code {
         410 => ("Expired", "too old resource version: 1 (2)"),
+        404 => ("NotFound", "the server could not find the requested resource"),
         403 => ("Forbidden", "nodes is forbidden: User \"x\" cannot list resource \"nodes\""),
         _ => ("ServiceUnavailable", "not yet"),
     };

@@ -365,13 +365,9 @@ fn j7_ready_means_that_everything_is_programmed() {
 fn j7_an_agent_that_knows_nothing_yet_is_not_ready() {
     let cluster = Cluster::new(Options::new(Layout::PointToPoint)).unwrap();
     let node = cluster.node(1);
-    let agent = Agent::start_from(
-        node,
-        &node.state_dir().with_extension("log"),
-        "kube",
-        &["--master=https://127.0.0.1:9".to_owned()],
-    )
-    .unwrap();
+    let flags = ["--source=kube".to_owned(), "--master=https://127.0.0.1:9".to_owned()];
+    let log = node.state_dir().with_extension("log");
+    let agent = Agent::start(node, &log, &cluster.manifests, &flags).unwrap();
     let status = |path: &str| agent.health(path).map_or(0, |(status, _)| status);
     wait_for("the agent to live", Duration::from_secs(30), || status("/livez") == 200).unwrap();
     for _ in 0..10 {

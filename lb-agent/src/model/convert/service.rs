@@ -2,10 +2,11 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 
 use super::{
-    Converted, Reason, Rejection, Report, address_of, label, port_name_of, port_of, protocol_of,
+    Converted, Reason, Rejection, Report, address_of, label, port_name_of, port_of, prefix_of, protocol_of,
     routed_address_of,
 };
 use crate::{
@@ -33,6 +34,7 @@ pub fn service(service: &core::Service) -> Result<Converted<Service>, Rejection>
         cluster_ips: Vec::new(),
         external_ips: Vec::new(),
         load_balancer_ips: Vec::new(),
+        source_ranges: None,
         internal_policy: InternalPolicy::default(),
         external_policy: ExternalPolicy::default(),
         affinity_timeout_s: None,
@@ -45,6 +47,7 @@ pub fn service(service: &core::Service) -> Result<Converted<Service>, Rejection>
         object.cluster_ips = cluster_ips(spec, &mut report);
         object.external_ips = external_ips(spec, &mut report);
         object.load_balancer_ips = load_balancer_ips(kind, service.status.as_ref(), &mut report);
+        object.source_ranges = source_ranges(spec, &mut report);
         object.internal_policy = internal_policy(spec, &mut report);
         object.external_policy = external_policy(spec, &mut report);
         if kind == ServiceType::LoadBalancer && object.external_policy == ExternalPolicy::Local {
@@ -52,6 +55,10 @@ pub fn service(service: &core::Service) -> Result<Converted<Service>, Rejection>
         }
         object.affinity_timeout_s = affinity_timeout_s(spec, &mut report);
         object.ports = ports(spec, &mut report);
+    } else if object.is_foreign() {
+        // C7: packets to it are not ours to refuse. What is wrong with it is for its own proxy to say.
+        object.cluster_ips = cluster_ips(spec, &mut report);
+        report.rejections.clear();
     }
     Ok(report.converted(object))
 }
@@ -122,6 +129,21 @@ fn load_balancer_ips(
         }
     }
     ips
+}
+
+/// Invalid ones are ignored as in kube-proxy (`pkg/proxy/util: MapCIDRsByIPFamily`, which also trims them), except that a
+/// list with nothing else in it admits nobody instead of everybody. The annotation
+/// `service.beta.kubernetes.io/load-balancer-source-ranges` is for cloud controllers: kube-proxy does not read it.
+fn source_ranges(spec: &core::ServiceSpec, report: &mut Report) -> Option<Vec<IpNet>> {
+    let texts = spec.load_balancer_source_ranges.iter().flatten().map(|text| text.trim()).enumerate();
+    let mut given = texts.filter(|(_, text)| !text.is_empty()).peekable();
+    given.peek()?;
+    let field = |i| move || format!("spec.loadBalancerSourceRanges[{i}]");
+    let mut ranges: Vec<IpNet> =
+        given.filter_map(|(i, text)| report.keep(field(i), prefix_of(text))).collect();
+    ranges.sort_unstable();
+    ranges.dedup();
+    Some(ranges)
 }
 
 fn internal_policy(spec: &core::ServiceSpec, report: &mut Report) -> InternalPolicy {

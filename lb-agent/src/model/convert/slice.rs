@@ -5,15 +5,14 @@ use std::{net::IpAddr, sync::Arc};
 use k8s_openapi::api::discovery::v1 as discovery;
 
 use super::{
-    Converted, Reason, Rejection, Report, label, port_name_of, port_of, protocol_of, routed_address_of,
+    Converted, Reason, Rejection, Report, SERVICE_NAME_LABEL, label, port_name_of, port_of, protocol_of,
+    routed_address_of,
 };
 use crate::{
     model::{AddressType, Conditions, Endpoint, EndpointSlice, Hints, SliceKey, SlicePort},
     plan::op::Family,
     source::Kind,
 };
-
-const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 /// Set by the EndpointSlice controller on slices of headless Services.
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 

@@ -261,3 +261,61 @@ fn a_deleted_object_is_a_change_too() {
     assert_eq!(gone(Kind::EndpointSlice), Change::DeleteSlice(SliceKey::new("shop", "web")));
     assert_eq!(gone(Kind::Node), Change::DeleteNode("web".into()));
 }
+
+#[test]
+fn e4_source_ranges_are_trimmed_and_invalid_ones_ignored() {
+    let converted = service(&spec(
+        "clusterIP: 10.96.0.1\nports: [{port: 80}]\n\
+         loadBalancerSourceRanges: [' 10.1.2.3/16 ', '2001:db8::/32', '', nonsense, '10.1.0.0/33', '10.1.0.0/16', '::ffff:10.0.0.0/104']",
+    ))
+    .unwrap();
+    let expected = ["10.1.0.0/16", "2001:db8::/32"].map(|r| r.parse::<ipnet::IpNet>().unwrap());
+    assert_eq!(converted.object.source_ranges.as_deref(), Some(&expected[..]));
+    let field = |i: usize| format!("spec.loadBalancerSourceRanges[{i}]");
+    assert_eq!(fields(&converted), [field(3), field(4), field(6)]);
+    let of = |ranges: &str| {
+        let lines =
+            format!("clusterIP: 10.96.0.1\nports: [{{port: 80}}]\nloadBalancerSourceRanges: {ranges}");
+        service(&spec(&lines)).unwrap().object.source_ranges
+    };
+    assert_eq!(of("[]"), None);
+    assert_eq!(of("['', ' ']"), None);
+    assert_eq!(of("[nonsense]"), Some(vec![]), "nobody rather than everybody");
+}
+
+#[test]
+fn i9_of_another_proxys_service_only_the_cluster_ips_are_read() {
+    let kube: KubeService = parse(
+        "kind: Service
+metadata: {name: web, namespace: shop, labels: {service.kubernetes.io/service-proxy-name: other}}
+spec: {clusterIPs: [10.96.0.1, nonsense], externalIPs: [nonsense], ports: [{port: 0}]}
+",
+    );
+    let converted = service(&kube).unwrap();
+    assert_eq!(converted.rejections, []);
+    assert!(converted.object.is_foreign() && !converted.object.is_programmed());
+    assert_eq!(converted.object.cluster_ips, ["10.96.0.1".parse::<IpAddr>().unwrap()]);
+    assert!(converted.object.ports.is_empty());
+}
+
+#[test]
+fn c7_service_cidrs_are_prefixes_without_a_namespace() {
+    let kube: networking::ServiceCIDR = parse(
+        "apiVersion: networking.k8s.io/v1
+kind: ServiceCIDR
+metadata: {name: kubernetes}
+spec: {cidrs: [10.96.0.0/16, nonsense, '2001:db8:96::/112']}
+",
+    );
+    let converted = service_cidr(&kube).unwrap();
+    assert_eq!(fields(&converted), ["spec.cidrs[1]"]);
+    assert_eq!(
+        converted.rejections[0].to_string(),
+        "ServiceCIDR kubernetes: spec.cidrs[1]: \"nonsense\" is not an address prefix (as 192.0.2.0/24 is)"
+    );
+    let cidrs: Vec<String> = converted.object.cidrs.iter().map(|c| c.to_string()).collect();
+    assert_eq!(
+        (&*converted.object.name, cidrs),
+        ("kubernetes", vec!["10.96.0.0/16".to_owned(), "2001:db8:96::/112".to_owned()])
+    );
+}

@@ -32,7 +32,12 @@ fn work_is_in_proportion_to_what_changed() {
         changes.push(Change::Slice(slice(&name, &name, &[ready(&format!("10.0.{i}.1"))])));
     }
     let plan = world.change(changes);
-    assert_eq!(plan.ops.len(), 250 * 5, "name, backend, slots, record, frontend");
+    let each = 250 * 6;
+    assert_eq!(
+        plan.ops.len(),
+        each + 3,
+        "name, backend, slots, record, address, frontend; around all: one range"
+    );
     let plan = world.change([Change::Slice(slice("s7", "s7", &[ready("10.0.7.2")]))]);
     assert_eq!(plan.ops.len(), 5, "{plan:?}");
     let plan = world.change([node(Some("zone-b"))]);

@@ -5,14 +5,15 @@ use std::{
     net::IpAddr,
 };
 
+use ipnet::IpNet;
 use lb_common::{
     affinity::MemberKey,
-    frontend::{FrontendValue, ServiceRecord, SlotRange},
+    frontend::{FrontendValue, ServiceRecord, SlotRange, flags},
     select::{Choice, Origin},
 };
 
 use crate::plan::{
-    ActualService, ActualState, Capacities, MapOp,
+    ActualCidr, ActualService, ActualState, Capacities, MapOp,
     op::{Backend, Family, Frontend, Protocol},
 };
 
@@ -36,6 +37,12 @@ pub struct Kernel {
     pub backends4: BTreeMap<u32, Backend>,
     pub backends6: BTreeMap<u32, Backend>,
     pub members: BTreeMap<MemberKey, u32>,
+    pub addresses: BTreeMap<IpAddr, u32>,
+    pub ranges: BTreeSet<(u32, IpNet)>,
+    /// Also those that do not count any more.
+    pub cidrs: BTreeMap<(Family, u32), (IpNet, u32)>,
+    /// Elements that a packet may be reading though they have been switched off since the last grace period.
+    lingering_cidrs: BTreeSet<(Family, u32)>,
     /// Slots that a packet may be reading because of a range that has been replaced since the last grace period.
     lingering: BTreeSet<u32>,
     graces: usize,
@@ -52,6 +59,10 @@ impl Kernel {
             backends4: BTreeMap::new(),
             backends6: BTreeMap::new(),
             members: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            ranges: BTreeSet::new(),
+            cidrs: BTreeMap::new(),
+            lingering_cidrs: BTreeSet::new(),
             lingering: BTreeSet::new(),
             graces: 0,
         }
@@ -71,7 +82,37 @@ impl Kernel {
             backends4: self.backends4.clone(),
             backends6: self.backends6.clone(),
             members: self.members.clone(),
+            addresses: self
+                .addresses
+                .iter()
+                .map(|(addr, kind)| (*addr, FrontendValue { service: 0, flags: *kind }))
+                .collect(),
+            ranges: self.ranges.clone(),
+            cidrs: self
+                .cidrs
+                .iter()
+                .filter(|(_, (_, flags))| *flags != 0)
+                .map(|(at, (net, flags))| (*at, ActualCidr { net: Some(*net), flags: *flags }))
+                .collect(),
         }
+    }
+
+    /// The ranges that count, with their flags.
+    pub fn active_cidrs(&self) -> BTreeSet<(IpNet, u32)> {
+        self.cidrs.values().filter(|(_, flags)| *flags != 0).copied().collect()
+    }
+
+    /// Whether a LoadBalancer frontend, or any other, lets `source` in.
+    pub fn admits(&self, frontend: &Frontend, source: IpAddr) -> bool {
+        let value = self.frontends[frontend];
+        let mut ranges = self.ranges.iter().filter(|(service, _)| *service == value.service);
+        value.flags & flags::SOURCE_RANGES == 0 || ranges.any(|(_, net)| net.contains(&source))
+    }
+
+    fn fits(&self, family: Family) -> bool {
+        let frontends = self.frontends.keys().map(|f| f.addr);
+        let entries = frontends.chain(self.addresses.keys().copied()).filter(|ip| Family::of(*ip) == family);
+        entries.count() <= self.capacities.frontends as usize
     }
 
     fn backends(&mut self, family: Family) -> &mut BTreeMap<u32, Backend> {
@@ -96,6 +137,13 @@ impl Kernel {
         for op in ops {
             self.apply(op);
         }
+        let is_opened = |op: &MapOp| matches!(op, MapOp::SwitchCidr { flags, .. } if *flags != 0);
+        if let Some(first) = ops.iter().position(is_opened) {
+            let mut rest = ops[first..].iter();
+            let is_cidr = |op: &MapOp| is_opened(op) || matches!(op, MapOp::WriteCidr { .. });
+            assert!(rest.all(is_cidr), "addresses in a range may be unknown yet: {ops:#?}");
+        }
+        assert!(self.lingering_cidrs.is_empty(), "switched off without a grace period: {ops:#?}");
         assert!(self.graces <= 1, "one grace period is enough: {ops:#?}");
         // The next plan may reuse whatever this one freed.
         assert!(self.lingering.is_empty(), "replaced without a grace period: {ops:#?}");
@@ -128,9 +176,42 @@ impl Kernel {
             MapOp::PutFrontend { frontend, value } => {
                 assert!(self.services.contains_key(&value.service), "{op:?} points nowhere");
                 assert!(self.frontends.insert(*frontend, *value) != Some(*value), "{op:?} changes nothing");
-                let family = Family::of(frontend.addr);
-                let count = self.frontends.keys().filter(|f| Family::of(f.addr) == family).count();
-                assert!(count <= self.capacities.frontends as usize, "{op:?} does not fit");
+                assert!(self.fits(Family::of(frontend.addr)), "{op:?} does not fit");
+                let addr = &frontend.addr;
+                assert!(addr.is_loopback() || self.addresses.contains_key(addr), "{op:?}: unknown address");
+            }
+            MapOp::PutAddress { addr, kind } => {
+                assert!(self.addresses.insert(*addr, *kind) != Some(*kind), "{op:?} changes nothing");
+                assert!(self.fits(Family::of(*addr)), "{op:?} does not fit");
+            }
+            MapOp::DeleteAddress { addr } => {
+                assert!(self.addresses.remove(addr).is_some(), "{op:?}");
+                assert!(self.frontends.keys().all(|f| f.addr != *addr), "{op:?} has frontends");
+            }
+            MapOp::PutRange { service, net } => {
+                assert!(self.names.contains_key(service), "{op:?} has no name");
+                assert!(self.ranges.insert((*service, *net)), "{op:?} changes nothing");
+                let family = Family::of_net(net);
+                let count = self.ranges.iter().filter(|(_, n)| Family::of_net(n) == family).count();
+                assert!(count <= self.capacities.source_ranges as usize, "{op:?} does not fit");
+            }
+            MapOp::DeleteRange { service, net } => {
+                assert!(self.ranges.remove(&(*service, *net)), "{op:?}");
+            }
+            MapOp::WriteCidr { index, net } => {
+                let at = (Family::of_net(net), *index);
+                assert!(*index < lb_common::cidr::CAPACITY, "{op:?}");
+                assert!(!self.lingering_cidrs.contains(&at), "{op:?} is being read");
+                let old = self.cidrs.insert(at, (*net, 0));
+                assert!(old.is_none_or(|(_, flags)| flags == 0), "{op:?} is in use");
+            }
+            MapOp::SwitchCidr { family, index, flags } => {
+                let (net, old) = self.cidrs[&(*family, *index)];
+                assert!((old == 0) != (*flags == 0), "{op:?}: neither on nor off");
+                if *flags == 0 {
+                    self.lingering_cidrs.insert((*family, *index));
+                }
+                self.cidrs.insert((*family, *index), (net, *flags));
             }
             MapOp::DeleteFrontend { frontend } => {
                 assert!(self.frontends.remove(frontend).is_some(), "{op:?}")
@@ -139,11 +220,13 @@ impl Kernel {
             MapOp::Grace => {
                 self.graces += 1;
                 self.lingering.clear();
+                self.lingering_cidrs.clear();
             }
             MapOp::ClearService { service } => {
                 assert_eq!(self.graces, 1, "{op:?} before the grace period");
                 assert!(self.frontends.values().all(|v| v.service != *service), "{op:?} in use");
                 assert!(self.members.keys().all(|k| k.service != *service), "{op:?} has members");
+                assert!(self.ranges.iter().all(|(s, _)| s != service), "{op:?} has source ranges");
                 self.services.remove(service);
                 self.names.remove(service);
             }

@@ -1,13 +1,19 @@
 //! What holds after any history: right for every frontend, nothing to do twice, nothing lost, nothing leaked. Every
 //! plan along the way is also carried out operation by operation (see [`World::change`]).
 
-use proptest::{collection::vec, option, prelude::*, sample::select};
+use ipnet::IpNet;
+use proptest::{
+    collection::{btree_set, vec},
+    option,
+    prelude::*,
+    sample::select,
+};
 
 use super::world::*;
 use crate::{
     model::{
         AddressType, Change, Conditions, Endpoint, EndpointSlice, ExternalPolicy, Hints, InternalPolicy,
-        Service, ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
+        Service, ServiceCidr, ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
     },
     plan::{
         Capacities, Rejection,
@@ -17,6 +23,7 @@ use crate::{
 
 const SERVICES: [&str; 5] = ["a", "b", "c", "d", "e"];
 const SLICES: [&str; 7] = ["s1", "s2", "s3", "s4", "s5", "s6", "s7"];
+const CIDRS: [&str; 2] = ["kubernetes", "more"];
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
 fn endpoint(family: Family) -> impl Strategy<Value = Endpoint> {
@@ -71,13 +78,14 @@ fn some_service() -> impl Strategy<Value = Service> {
     let named = (select(&PROTOCOLS), select(&PROTOCOLS), select(&[0u16, 30081]))
         .prop_map(|(p, q, node_port)| vec![port("p", p, 80, 30080), port("q", q, 443, node_port)]);
     let ports = prop_oneof![unnamed, named];
-    (select(&SERVICES), kind, flags, addresses, affinity, ports).prop_map(
+    let ranges = (affinity, source_ranges());
+    (select(&SERVICES), kind, flags, addresses, ranges, ports).prop_map(
         |(
             name,
             kind,
             (headless, foreign, flags),
             (vip, external, load_balancer),
-            affinity_timeout_s,
+            (affinity_timeout_s, source_ranges),
             ports,
         )| {
             let [external_local, internal_local, dual, v6_only] = flags;
@@ -97,6 +105,7 @@ fn some_service() -> impl Strategy<Value = Service> {
                 headless,
                 external_ips: addresses("203.0.113", external),
                 load_balancer_ips: addresses("198.51.100", load_balancer),
+                source_ranges,
                 internal_policy: if internal_local { InternalPolicy::Local } else { InternalPolicy::Cluster },
                 external_policy: if external_local { ExternalPolicy::Local } else { ExternalPolicy::Cluster },
                 affinity_timeout_s,
@@ -108,6 +117,22 @@ fn some_service() -> impl Strategy<Value = Service> {
     )
 }
 
+fn service_cidr() -> impl Strategy<Value = ServiceCidr> {
+    let cidrs = select(&["10.96.0.0/16", "10.97.0.0/16", "10.96.0.0/12", "2001:db8:96::/112"]);
+    (select(&CIDRS), vec(cidrs, 0..3)).prop_map(|(name, cidrs)| ServiceCidr {
+        name: name.into(),
+        cidrs: cidrs.iter().map(|c| c.parse().expect("a prefix")).collect(),
+    })
+}
+
+/// None, or some of few, so that they meet each other and the node's own addresses.
+fn source_ranges() -> impl Strategy<Value = Option<Vec<IpNet>>> {
+    const RANGES: [&str; 6] =
+        ["10.1.0.0/16", "10.2.0.0/16", "10.0.0.0/8", "192.0.2.0/24", "0.0.0.0/0", "2001:db8::/32"];
+    option::of(btree_set(select(&RANGES), 0..4))
+        .prop_map(|set| Some(set?.iter().map(|r| r.parse().expect("a prefix")).collect()))
+}
+
 fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
         4 => some_service().prop_map(Change::Service),
@@ -115,6 +140,8 @@ fn change() -> impl Strategy<Value = Change> {
         1 => select(&SERVICES).prop_map(|n| Change::DeleteService(ServiceKey::new("default", n))),
         1 => select(&SLICES).prop_map(|n| Change::DeleteSlice(SliceKey::new("default", n))),
         1 => option::of(select(&["zone-a", "zone-b"])).prop_map(node),
+        1 => service_cidr().prop_map(Change::ServiceCidr),
+        1 => select(&CIDRS).prop_map(|n| Change::DeleteServiceCidr(n.into())),
     ]
 }
 
@@ -132,6 +159,13 @@ fn history() -> impl Strategy<Value = Vec<Step>> {
         1 => vec(change(), 0..3).prop_map(Step::Restart),
     ];
     vec(step, 1..25)
+}
+
+/// With NodePorts on loopback.
+fn world(capacities: Capacities) -> World {
+    let mut world = World::new(capacities);
+    world.node.loopback_addresses = [ip("127.0.0.1"), ip("::1")].into();
+    world
 }
 
 fn run(world: &mut World, step: Step) {
@@ -156,22 +190,27 @@ fn run(world: &mut World, step: Step) {
 /// Everything goes; then everything must be free.
 fn assert_nothing_leaks(world: &mut World) {
     world.change(SERVICES.map(|name| Change::DeleteService(ServiceKey::new("default", name))));
+    world.change(CIDRS.map(|name| Change::DeleteServiceCidr(name.into())));
     let planner = &world.planner;
     assert_eq!(planner.record_ids.used(), 0);
     assert_eq!((planner.backends4.used(), planner.backends6.used()), (0, 0));
     assert_eq!(planner.slots.free(), (planner.capacities.slots, 1));
     assert_eq!((planner.frontends.used(), planner.members_in_kernel), (0, 0));
+    assert_eq!((planner.addresses.used(), planner.room.used(), planner.range_room.used()), (0, 0, 0));
+    assert_eq!(planner.cidrs.used(), 0);
+    assert!(planner.claimed.is_empty() && planner.inherited.is_empty());
     assert!(planner.records.is_empty() && planner.by_name.is_empty() && planner.owned.is_empty());
     assert!(planner.rejected.is_empty());
     let kernel = &world.kernel;
     assert!(kernel.frontends.is_empty() && kernel.services.is_empty() && kernel.names.is_empty());
     assert!(kernel.backends4.is_empty() && kernel.backends6.is_empty() && kernel.members.is_empty());
+    assert!(kernel.addresses.is_empty() && kernel.ranges.is_empty() && kernel.active_cidrs().is_empty());
 }
 
 proptest! {
     #[test]
     fn any_history_ends_in_what_the_rules_say(history in history()) {
-        let mut world = World::new(ROOMY);
+        let mut world = world(ROOMY);
         for step in history {
             run(&mut world, step);
             world.assert_right();
@@ -193,7 +232,7 @@ proptest! {
     /// Equal input, equal output.
     #[test]
     fn plans_are_reproducible(history in history()) {
-        let (mut a, mut b) = (World::new(ROOMY), World::new(ROOMY));
+        let (mut a, mut b) = (world(ROOMY), world(ROOMY));
         for step in history {
             run(&mut a, step.clone());
             run(&mut b, step);
@@ -206,13 +245,15 @@ proptest! {
     #[test]
     fn maps_that_are_too_small_harm_nobody_else(
         history in history(),
-        frontends in 2u32..12,
+        frontends in 2u32..24,
         services in 2u32..8,
         slots in 1u32..30,
         backends in 2u32..10,
         members in 0u32..10,
+        source_ranges in 0u32..5,
     ) {
-        let mut world = World::new(Capacities { frontends, services, slots, backends, members });
+        let capacities = Capacities { frontends, services, slots, backends, members, source_ranges };
+        let mut world = world(capacities);
         for step in history {
             run(&mut world, step);
             while world.planner.retry && world.planner.starved().next().is_some() {

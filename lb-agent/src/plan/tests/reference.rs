@@ -1,8 +1,11 @@
 //! What each frontend must do, decided as directly as the rules are written, without sets, ids or records.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
-use lb_common::select::Origin;
+use lb_common::{frontend::flags, select::Origin};
 
 use super::kernel::Decision;
 use crate::{
@@ -52,7 +55,7 @@ pub fn answers(model: &Model, node: &NodeView) -> Answers {
                         add(*ip, port.port, [false, external_local]);
                     }
                 }
-                for ip in &node.nodeport_addresses {
+                for ip in node.nodeport_addresses.iter().chain(&node.loopback_addresses) {
                     if port.node_port != 0 {
                         add(*ip, port.node_port, [false, external_local]);
                     }
@@ -63,7 +66,7 @@ pub fn answers(model: &Model, node: &NodeView) -> Answers {
     answers
 }
 
-type Endpoints = BTreeMap<(std::net::IpAddr, u16), Endpoint>;
+type Endpoints = BTreeMap<(IpAddr, u16), Endpoint>;
 
 fn endpoints(
     model: &Model,
@@ -96,7 +99,7 @@ fn endpoints(
 /// A9; hints only make it total.
 fn liveness<'a>(e: &'a Endpoint, node: &NodeView) -> impl Ord + use<'a> {
     let c = e.conditions;
-    (c.ready, !c.terminating, c.serving, is_here(e, node), e.hints.clone())
+    (!c.terminating, c.ready, c.serving, is_here(e, node), e.hints.clone())
 }
 
 fn is_here(e: &Endpoint, node: &NodeView) -> bool {
@@ -136,4 +139,57 @@ fn decide(endpoints: &Endpoints, local: bool, node: &NodeView) -> Decision {
         (true, false) => Decision::To(here_last),
         (true, true) => Decision::Drop,
     }
+}
+
+/// What each address is: the strongest of what Services say about it.
+pub fn addresses(model: &Model, node: &NodeView) -> BTreeMap<IpAddr, u32> {
+    let order = [
+        flags::KIND_CLUSTER_IP,
+        flags::KIND_LOAD_BALANCER,
+        flags::KIND_EXTERNAL_IP,
+        flags::KIND_NODE_PORT,
+        flags::KIND_FOREIGN,
+    ];
+    let mut said: Vec<(IpAddr, u32)> = Vec::new();
+    for (_, service) in model.services() {
+        if service.headless || service.kind == ServiceType::ExternalName {
+            continue;
+        }
+        let is_ours = service.proxy_name.is_none();
+        let kind = if is_ours { flags::KIND_CLUSTER_IP } else { flags::KIND_FOREIGN };
+        said.extend(service.cluster_ips.iter().map(|ip| (*ip, kind)));
+        if !is_ours || service.ports.is_empty() {
+            continue;
+        }
+        let has_family =
+            |ip: &&IpAddr| service.cluster_ips.iter().any(|c| Family::of(*c) == Family::of(**ip));
+        let allowed = |ip: &&IpAddr| node.allow_external_ips.iter().any(|net| net.contains(*ip));
+        let lb = service.load_balancer_ips.iter().filter(has_family);
+        said.extend(lb.map(|ip| (*ip, flags::KIND_LOAD_BALANCER)));
+        let external = service.external_ips.iter().filter(allowed).filter(has_family);
+        said.extend(external.map(|ip| (*ip, flags::KIND_EXTERNAL_IP)));
+        if service.ports.iter().any(|p| p.node_port != 0) {
+            let own = node.nodeport_addresses.iter().filter(has_family);
+            said.extend(own.map(|ip| (*ip, flags::KIND_NODE_PORT)));
+        }
+    }
+    let mut kinds = BTreeMap::new();
+    for kind in order {
+        for (ip, _) in said.iter().filter(|(_, k)| *k == kind) {
+            kinds.entry(*ip).or_insert(kind);
+        }
+    }
+    kinds
+}
+
+/// Whether `source` may use the LoadBalancer addresses of a Service in its family (E1 to E4).
+pub fn admits(service: &Service, source: IpAddr, node: &NodeView) -> bool {
+    let Some(all) = &service.source_ranges else { return true };
+    let ranges: Vec<_> = all.iter().filter(|net| Family::of_net(net) == Family::of(source)).collect();
+    if ranges.is_empty() {
+        return !all.is_empty();
+    }
+    let is_node_in = node.own_addresses.iter().any(|ip| ranges.iter().any(|net| net.contains(ip)));
+    ranges.iter().any(|net| net.contains(&source))
+        || is_node_in && service.load_balancer_ips.contains(&source)
 }

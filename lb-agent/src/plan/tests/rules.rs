@@ -112,6 +112,17 @@ fn a9_the_living_copy_wins_in_either_order() {
     }
 }
 
+/// kube-proxy 1.36 (#135593): also where the terminating one is published as ready, and the other is not.
+#[test]
+fn a9_a_copy_that_is_not_terminating_wins_over_one_that_is_published() {
+    let published = Conditions { ready: true, serving: true, terminating: true };
+    let mut world = one(&[Endpoint { conditions: published, ..ready("10.0.0.1") }, ready("10.0.0.2")]);
+    assert_eq!(world.both(VIP), "10.0.0.1:8080 10.0.0.2:8080");
+    world.change([Change::Slice(slice("t", "web", &[unready("10.0.0.1")]))]);
+    assert_eq!(world.both(VIP), "10.0.0.2:8080");
+    world.assert_right();
+}
+
 #[test]
 fn a10_local_is_what_the_node_name_says() {
     let nowhere = Endpoint { node: None, ..ready("10.0.0.1") };

@@ -2,9 +2,11 @@
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
+use lb_common::frontend::flags;
+
 use super::{
     kernel::{Decision, Kernel},
-    reference::{ORIGINS, answers},
+    reference::{self, ORIGINS, answers},
 };
 use crate::{
     model::{
@@ -20,8 +22,14 @@ use crate::{
 
 pub const NODE: &str = "node-a";
 
-pub const ROOMY: Capacities =
-    Capacities { frontends: 1000, services: 1000, slots: 10_000, backends: 1000, members: 1000 };
+pub const ROOMY: Capacities = Capacities {
+    frontends: 1000,
+    services: 1000,
+    slots: 10_000,
+    backends: 1000,
+    members: 1000,
+    source_ranges: 1000,
+};
 
 pub struct World {
     pub model: Model,
@@ -53,6 +61,7 @@ pub fn service(name: &str, cluster_ips: &[&str]) -> Service {
         cluster_ips: cluster_ips.iter().map(|t| ip(t)).collect(),
         external_ips: Vec::new(),
         load_balancer_ips: Vec::new(),
+        source_ranges: None,
         internal_policy: InternalPolicy::Cluster,
         external_policy: ExternalPolicy::Cluster,
         affinity_timeout_s: None,
@@ -136,6 +145,7 @@ impl World {
                 Dirty::Nothing => {}
                 Dirty::Services(keys) => dirty.extend(keys),
                 Dirty::All => all = true,
+                Dirty::ServiceCidrs => {}
             }
         }
         if all {
@@ -196,6 +206,23 @@ impl World {
             }
         }
         self.kernel.assert_consistent();
+        assert_eq!(self.kernel.addresses, reference::addresses(&self.model, &self.node));
+        self.assert_right_sources();
+    }
+
+    /// LoadBalancer frontends admit whom they should, others everybody.
+    fn assert_right_sources(&self) {
+        let sources = ["198.51.100.1", "192.0.2.1", "10.1.0.9", "10.2.0.9", "2001:db8::1", "2001:db9::1"];
+        for (frontend, value) in &self.kernel.frontends {
+            let service = self.model.service(&self.planner.records[&value.service].owner).expect("a Service");
+            let is_lb = value.flags & flags::KIND_MASK == flags::KIND_LOAD_BALANCER;
+            for source in sources.map(ip) {
+                if Family::of(source) == Family::of(frontend.addr) {
+                    let expected = !is_lb || reference::admits(service, source, &self.node);
+                    assert_eq!(self.kernel.admits(frontend, source), expected, "{source} to {frontend}");
+                }
+            }
+        }
     }
 
     /// The agent is killed and started again.

@@ -25,6 +25,8 @@ const fn bit(kind: Kind) -> u8 {
         Kind::Service => 0b001,
         Kind::EndpointSlice => 0b010,
         Kind::Node => 0b100,
+        // Not every server has them, and nothing waits for them.
+        Kind::ServiceCidr => 0,
     }
 }
 
@@ -104,8 +106,19 @@ pub(super) fn is_stale(error: &watcher::Error) -> bool {
     matches!(status.code, 400 | 410) || status.message.contains("Too large resource version")
 }
 
+/// True if the server does not have this kind, or does not let us see it: asking again soon would change nothing.
+pub(super) fn is_absent(error: &watcher::Error) -> bool {
+    use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
+    match error {
+        InitialListFailed(kube::Error::Api(status))
+        | WatchStartFailed(kube::Error::Api(status))
+        | WatchFailed(kube::Error::Api(status)) => matches!(status.code, 403 | 404),
+        _ => false,
+    }
+}
+
 /// One line that says what went wrong. The errors of the kube crate print whole structures.
-fn describe(error: &watcher::Error) -> String {
+pub(super) fn describe(error: &watcher::Error) -> String {
     use watcher::Error::{InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed};
     let (what, cause) = match error {
         InitialListFailed(cause) => ("list", cause),

@@ -7,6 +7,7 @@ use k8s_openapi::{
     api::{
         core::v1::{Node, Service},
         discovery::v1::EndpointSlice,
+        networking::v1::ServiceCIDR,
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
@@ -46,6 +47,8 @@ pub struct Rejected {
     pub reason: String,
     /// Which object it would have been, if that much could be read.
     pub object: Option<ObjectRef>,
+    /// Of an EndpointSlice: whose endpoints are in it, if that much could be read.
+    pub slice_of: Option<String>,
 }
 
 impl fmt::Display for Rejected {
@@ -78,6 +81,13 @@ pub fn parse(text: &str, format: Format) -> Parsed {
     parsed
 }
 
+/// What an object says that it is.
+struct Named {
+    object: ObjectRef,
+    /// Of an EndpointSlice: label `kubernetes.io/service-name`.
+    slice_of: Option<String>,
+}
+
 /// Where something is in a file.
 #[derive(Clone, Copy)]
 struct Place {
@@ -108,7 +118,8 @@ impl From<serde_json::Error> for Wrong {
 }
 
 impl Parsed {
-    fn reject(&mut self, place: Place, object: Option<ObjectRef>, wrong: impl Into<Wrong>) {
+    fn reject(&mut self, place: Place, object: Option<Named>, wrong: impl Into<Wrong>) {
+        let (object, slice_of) = object.map_or((None, None), |named| (Some(named.object), named.slice_of));
         let Wrong { line, reason } = wrong.into();
         self.rejected.push(Rejected {
             document: place.document,
@@ -116,6 +127,7 @@ impl Parsed {
             line: line.map(|line| place.first_line + line - 1),
             reason,
             object,
+            slice_of,
         });
     }
 }
@@ -162,6 +174,8 @@ struct Head {
 struct HeadMeta {
     name: Option<String>,
     namespace: Option<String>,
+    /// Whatever it is: a wrong one must not cost the name.
+    labels: serde_json::Value,
 }
 
 /// What a document says that it is.
@@ -183,7 +197,10 @@ impl Head {
             ("", Service::KIND) => (Kind::Service, Service::API_VERSION),
             ("", Node::KIND) => (Kind::Node, Node::API_VERSION),
             ("discovery.k8s.io", EndpointSlice::KIND) => (Kind::EndpointSlice, EndpointSlice::API_VERSION),
-            ("", "ServiceList" | "NodeList") | ("discovery.k8s.io", "EndpointSliceList") => {
+            ("networking.k8s.io", ServiceCIDR::KIND) => (Kind::ServiceCidr, ServiceCIDR::API_VERSION),
+            ("", "ServiceList" | "NodeList")
+            | ("discovery.k8s.io", "EndpointSliceList")
+            | ("networking.k8s.io", "ServiceCIDRList") => {
                 let item = kind.trim_end_matches("List").to_owned();
                 return Ok(Declared::List(Some((api_version.to_owned(), item))));
             }
@@ -197,19 +214,23 @@ impl Head {
     }
 
     /// The object that this would be.
-    fn reference(&self, kind: Kind) -> Option<ObjectRef> {
+    fn reference(&self, kind: Kind) -> Option<Named> {
         let meta = self.metadata.as_ref()?;
         let name = meta.name.clone().filter(|name| !name.is_empty())?;
-        Some(ObjectRef { kind, namespace: namespace(kind, meta.namespace.as_deref()), name })
+        let slice_of = meta.labels.get("kubernetes.io/service-name").and_then(|v| v.as_str());
+        Some(Named {
+            object: ObjectRef { kind, namespace: namespace(kind, meta.namespace.as_deref()), name },
+            slice_of: slice_of.filter(|_| kind == Kind::EndpointSlice).map(str::to_owned),
+        })
     }
 }
 
-/// Nodes have no namespace; everything else without one is in `default`, as with kubectl.
+/// Some kinds have no namespace; everything else without one is in `default`, as with kubectl.
 fn namespace(kind: Kind, given: Option<&str>) -> String {
-    match (kind, given) {
-        (Kind::Node, _) => String::new(),
-        (_, None | Some("")) => "default".into(),
-        (_, Some(namespace)) => namespace.to_owned(),
+    match given {
+        _ if !kind.is_namespaced() => String::new(),
+        None | Some("") => "default".into(),
+        Some(namespace) => namespace.to_owned(),
     }
 }
 
@@ -237,6 +258,7 @@ fn yaml_document(document: &str, place: Place, parsed: &mut Parsed) {
                 Kind::Service => yaml::<Service>(document).map(Object::from),
                 Kind::EndpointSlice => yaml::<EndpointSlice>(document).map(Object::from),
                 Kind::Node => yaml::<Node>(document).map(Object::from),
+                Kind::ServiceCidr => yaml::<ServiceCIDR>(document).map(Object::from),
             };
             accept(object, head.reference(kind), place, parsed);
         }
@@ -275,6 +297,7 @@ fn json_value(value: serde_json::Value, place: Place, parsed: &mut Parsed) {
                 Kind::Service => Service::deserialize(value).map(Object::from),
                 Kind::EndpointSlice => EndpointSlice::deserialize(value).map(Object::from),
                 Kind::Node => Node::deserialize(value).map(Object::from),
+                Kind::ServiceCidr => ServiceCIDR::deserialize(value).map(Object::from),
             };
             accept(object.map_err(Wrong::from), head.reference(kind), place, parsed);
         }
@@ -299,12 +322,12 @@ fn list_items(list: List, kind: Option<&(String, String)>, place: Place, parsed:
 }
 
 /// Takes an object in, if it has a name and is ours.
-fn accept(object: Result<Object, Wrong>, reference: Option<ObjectRef>, place: Place, parsed: &mut Parsed) {
+fn accept(object: Result<Object, Wrong>, named: Option<Named>, place: Place, parsed: &mut Parsed) {
     let mut object = match object {
         Ok(object) => object,
-        Err(wrong) => return parsed.reject(place, reference, wrong),
+        Err(wrong) => return parsed.reject(place, named, wrong),
     };
-    let Some(reference) = reference else {
+    let Some(reference) = named.map(|named| named.object) else {
         return parsed.reject(place, None, Wrong { line: None, reason: "metadata.name is missing".into() });
     };
     match &mut object {
@@ -317,8 +340,9 @@ fn accept(object: Result<Object, Wrong>, reference: Option<ObjectRef>, place: Pl
             }
         }
         Object::Node(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
+        Object::ServiceCidr(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
     }
-    if is_foreign(object.metadata()) {
+    if is_foreign(object.kind(), object.metadata()) {
         parsed.skipped.push(format!("{reference}, which is not for this proxy"));
     } else {
         parsed.objects.push(object);

@@ -101,10 +101,40 @@ metadata: {name: theirs, labels: {service.kubernetes.io/service-proxy-name: othe
 apiVersion: v1
 kind: Service
 metadata: {name: headless, labels: {service.kubernetes.io/headless: \"\"}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: theirs-x, labels: {service.kubernetes.io/service-proxy-name: other}}
+addressType: IPv4
+endpoints: []
 ";
     let parsed = parse(text, Format::Yaml);
-    assert_eq!((names(&parsed).len(), parsed.rejected.len()), (0, 0));
-    assert_eq!(parsed.skipped.len(), 4);
+    // C7: what is not ours to serve is not ours to drop either, so its ClusterIP matters.
+    assert_eq!(names(&parsed), ["Service default/theirs"]);
+    assert_eq!((parsed.skipped.len(), parsed.rejected.len()), (4, 0));
+}
+
+#[test]
+fn service_cidrs_have_no_namespace() {
+    let text = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: kubernetes, namespace: x}\nspec: {cidrs: [10.96.0.0/16]}\n";
+    let json = r#"{"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDRList", "items": [{"metadata": {"name": "kubernetes"}}]}"#;
+    for (text, format) in [(text, Format::Yaml), (json, Format::Json)] {
+        let parsed = parse(text, format);
+        assert_eq!((names(&parsed), parsed.rejected.len()), (vec!["ServiceCIDR kubernetes".to_owned()], 0));
+    }
+}
+
+#[test]
+fn a_rejected_slice_says_whose_it_is_if_it_can() {
+    let slice = |labels: &str| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: s{labels}}}\nendpoints: 5\n"
+        )
+    };
+    let said = |labels| parse(&slice(labels), Format::Yaml).rejected[0].slice_of.clone();
+    assert_eq!(said(", labels: {kubernetes.io/service-name: web}").as_deref(), Some("web"));
+    assert_eq!(said(""), None);
+    assert_eq!(said(", labels: [nonsense]"), None);
 }
 
 #[test]

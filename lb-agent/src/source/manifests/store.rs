@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::parse::{Format, Rejected, parse};
-use crate::source::{Event, Object, ObjectRef};
+use crate::source::{Event, Kind, Missing, Object, ObjectRef};
 
 /// Two writes within one tick of the file system's clock leave the same time stamp (up to 10 ms; a second on old file
 /// systems). A file that was this young when it was read is read again.
@@ -31,11 +31,35 @@ pub struct Store {
 #[derive(Debug, Default)]
 struct File {
     seen: Option<Seen>,
-    /// Of the text that `objects` were made from.
-    text_hash: u64,
+    /// Of the text that `objects` were made from; none before it was read for the first time.
+    text_hash: Option<u64>,
     objects: BTreeMap<ObjectRef, Object>,
+    /// What is in the file and could not be read since the agent started.
+    lost: BTreeSet<Lost>,
     /// Why it could not be read the last time.
     error: Option<String>,
+}
+
+/// Something that is there and has no good state known here.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Lost {
+    /// Whatever it is.
+    Unknown,
+    /// `slice_of`: as in [`Rejected`].
+    Object { object: ObjectRef, slice_of: Option<String> },
+}
+
+impl Lost {
+    fn of(rejected: &Rejected) -> Self {
+        match &rejected.object {
+            Some(object) => Self::Object { object: object.clone(), slice_of: rejected.slice_of.clone() },
+            None => Self::Unknown,
+        }
+    }
+
+    fn is(&self, reference: &ObjectRef) -> bool {
+        matches!(self, Self::Object { object, .. } if object == reference)
+    }
 }
 
 /// What tells whether a file has changed.
@@ -104,6 +128,36 @@ impl Store {
         self.unreadable
     }
 
+    /// What cannot be read at present and could not since the agent started.
+    pub fn missing(&self) -> Missing {
+        let mut missing = Missing::default();
+        for file in self.files.values() {
+            missing.unknown |= file.text_hash.is_none() && file.error.is_some();
+            for lost in &file.lost {
+                let (object, slice_of) = match lost {
+                    Lost::Unknown => {
+                        missing.unknown = true;
+                        continue;
+                    }
+                    // Another file has it.
+                    Lost::Object { object, .. } if self.owners.contains_key(object) => continue,
+                    Lost::Object { object, slice_of } => (object, slice_of),
+                };
+                match (object.kind, slice_of) {
+                    (Kind::Service, _) => {
+                        missing.services.insert((object.namespace.clone(), object.name.clone()));
+                    }
+                    (Kind::EndpointSlice, Some(service)) => {
+                        missing.services.insert((object.namespace.clone(), service.clone()));
+                    }
+                    (Kind::EndpointSlice, None) => missing.unknown = true,
+                    (Kind::Node | Kind::ServiceCidr, _) => {}
+                }
+            }
+        }
+        missing
+    }
+
     fn look_at(&mut self, name: &str, format: Format, changes: &mut Changes) {
         let path = self.dir.join(name);
         let old = self.files.get(name);
@@ -125,25 +179,27 @@ impl Store {
                 file.seen = None;
             }
             Ok(Some((seen, text))) => {
-                let text_hash = hash(&text);
+                let text_hash = Some(hash(&text));
                 if let Some(file) = self.files.get_mut(name).filter(|f| f.text_hash == text_hash) {
                     (file.seen, file.error) = (Some(seen), None);
                     return;
                 }
-                let objects = self.objects(name, &text, format, changes);
-                self.replace(name, Some(File { seen: Some(seen), text_hash, objects, error: None }), changes);
+                let (objects, lost) = self.objects(name, &text, format, changes);
+                let file = File { seen: Some(seen), text_hash, objects, lost, error: None };
+                self.replace(name, Some(file), changes);
             }
         }
     }
 
-    /// The objects that a file now stands for: those in `text`, and the last good state of those it spoils.
+    /// The objects that a file now stands for: those in `text`, and the last good state of those it spoils. Beside them
+    /// what it spoils without a good state.
     fn objects(
         &self,
         name: &str,
         text: &str,
         format: Format,
         changes: &mut Changes,
-    ) -> BTreeMap<ObjectRef, Object> {
+    ) -> (BTreeMap<ObjectRef, Object>, BTreeSet<Lost>) {
         let parsed = parse(text, format);
         let file = || name.to_owned();
         let mut objects = BTreeMap::new();
@@ -169,12 +225,35 @@ impl Store {
                 }
             }
         }
+        let lost = self.lost(name, &parsed.rejected, &objects);
         let rejected = parsed.rejected.into_iter();
         changes.findings.extend(rejected.map(|rejected| Finding::Rejected { file: file(), rejected }));
         changes
             .findings
             .extend(parsed.skipped.into_iter().map(|what| Finding::Skipped { file: file(), what }));
-        objects
+        (objects, lost)
+    }
+
+    /// What is rejected in the text of a file and was never good. Once a file has been read, only what was lost already
+    /// can be.
+    fn lost(
+        &self,
+        name: &str,
+        rejected: &[Rejected],
+        objects: &BTreeMap<ObjectRef, Object>,
+    ) -> BTreeSet<Lost> {
+        let before = self.files.get(name).filter(|file| file.text_hash.is_some()).map(|file| &file.lost);
+        let could_be = |lost: &Lost| {
+            before.is_none_or(|before| before.contains(lost) || before.contains(&Lost::Unknown))
+        };
+        let is_good = |lost: &Lost| objects.keys().any(|reference| lost.is(reference));
+        let mut lost: BTreeSet<Lost> =
+            rejected.iter().map(Lost::of).filter(|lost| could_be(lost) && !is_good(lost)).collect();
+        if rejected.iter().any(|r| r.object.is_none()) {
+            // What cannot be told any more may be any of these.
+            lost.extend(before.into_iter().flatten().filter(|lost| !is_good(lost)).cloned());
+        }
+        lost
     }
 
     /// Puts a new state of a file in the place of the old one, or removes it.

@@ -184,3 +184,62 @@ fn a_config_map_is_swapped_whole() {
     fs::rename(dir.join("..data_tmp"), dir.join("..data")).unwrap();
     assert_eq!(bed.scan(), ["+a=2"]);
 }
+
+fn spoilt(name: &str) -> String {
+    format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{ports: 5}}\n---\n")
+}
+
+/// The names of missing Services, and `?` if something cannot be named.
+fn missing(bed: &Bed) -> Vec<String> {
+    let missing = bed.store.missing();
+    let unknown = missing.unknown.then(|| "?".to_owned());
+    missing.services.into_iter().map(|(_, name)| name).chain(unknown).collect()
+}
+
+#[test]
+fn what_was_never_good_is_missing_until_it_is_good_or_gone() {
+    let mut bed = Bed::new();
+    let slice = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+                 metadata: {name: x, labels: {kubernetes.io/service-name: web}}\nendpoints: 5\n---\n";
+    bed.write("a.yaml", &(spoilt("a") + &service("b", "2") + slice));
+    bed.write("z.yaml", &spoilt("z"));
+    bed.scan();
+    assert_eq!(missing(&bed), ["a", "web", "z"]);
+    // What was good once has a last good state.
+    bed.write("a.yaml", &(spoilt("a") + &spoilt("b")));
+    bed.scan();
+    assert_eq!(missing(&bed), ["a", "z"]);
+    // Another file has it.
+    bed.write("c.yaml", &service("a", "1"));
+    bed.scan();
+    assert_eq!(missing(&bed), ["z"]);
+    // New and spoilt is no loss: nobody ever knew it.
+    bed.write("a.yaml", &(spoilt("new") + &service("b", "2")));
+    fs::remove_file(bed.dir.path().join("z.yaml")).unwrap();
+    bed.scan();
+    assert_eq!(missing(&bed), [""; 0]);
+}
+
+#[test]
+fn a_file_that_cannot_be_understood_or_read_may_hold_anything() {
+    let mut bed = Bed::new();
+    bed.write("a.yaml", "kind: [unclosed\n");
+    bed.scan();
+    assert_eq!(missing(&bed), ["?"]);
+    // Now it can be said what it was.
+    bed.write("a.yaml", &spoilt("a"));
+    bed.scan();
+    assert_eq!(missing(&bed), ["a"]);
+    bed.write("a.yaml", "kind: [unclosed\n");
+    bed.scan();
+    assert_eq!(missing(&bed), ["a"]);
+    bed.write("a.yaml", &service("a", "1"));
+    bed.scan();
+    assert_eq!(missing(&bed), [""; 0]);
+    bed.write("a.yaml", "kind: [unclosed\n");
+    bed.scan();
+    assert_eq!(missing(&bed), [""; 0], "its last good state stays");
+    symlink("nowhere", bed.dir.path().join("b.yaml")).unwrap();
+    bed.scan();
+    assert_eq!(missing(&bed), ["?"]);
+}
