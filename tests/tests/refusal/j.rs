@@ -2,25 +2,27 @@
 
 use std::{
     fs,
-    io::Read as _,
-    net::{SocketAddr, UdpSocket},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream, UdpSocket},
     thread,
     time::Duration,
 };
 
 use lb_agent::datapath::OBJECT;
-use lb_common::maps::name;
+use lb_common::{frontend::flags, maps::name, proto};
 use lb_tests::{
     agent::Agent,
     cluster::{Cluster, Layout, Node, Options, POD_PORT},
+    lab::{self, Action, Hook, Lab},
     manifests::{Endpoint, Service},
+    packets::{external, nets, udp},
     place::{Family, Pair, Place},
     raw::{self, IcmpError, Raw, ping},
     shared::SOON,
     traffic::{Call, Proto, Server},
     wait_for,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::bed::{
     CLUSTER, NO_ANSWER_MS, Want, check, check_soon, cluster, external_ips, frontends, lines, service, sides,
@@ -463,7 +465,7 @@ fn slices(documents: &mut Vec<Value>, endpoints: usize) {
         let mut slice = template.clone();
         slice["metadata"]["name"] = format!("{}-{first}", slice["metadata"]["name"].as_str().unwrap()).into();
         let endpoint = |i: usize| {
-            serde_json::json!({
+            json!({
                 "addresses": [format!("10.250.{}.{}", i / 250, i % 250 + 1)], "nodeName": "node1",
                 "conditions": { "ready": true, "serving": true, "terminating": false },
             })
@@ -513,4 +515,76 @@ fn j9_one_service_may_have_five_thousand_endpoints() {
     cluster.manifests.write("j9", &service.documents()).unwrap();
     wait_for("the endpoints to be gone", Duration::from_secs(30), || listed(&mut cluster) == 0).unwrap();
     check(&lines(&sides(&cluster), &[("ClusterIP", to)], |_, _| Some(Want::From(&["pod-1a"]))));
+}
+
+/// An id of 16 bits would take the first Service for the second.
+#[test]
+fn j9_service_ids_have_more_than_sixteen_bits() {
+    let run = || -> anyhow::Result<()> {
+        let mut lab = Lab::with(lab::Options { service_entries: 1 << 17, ..lab::Options::default() })?;
+        let external = external(&mut lab)?;
+        for n in nets() {
+            let ports = [(1, 8_001), (65_536 + 1, 8_002), (131_071, 8_003)];
+            for (id, port) in ports {
+                let backend = lab.backend((n.pod, port), true)?;
+                lab.set_service(id, &[backend], &[])?;
+                lab.frontend((n.vip, port - 8_000), proto::UDP, id, flags::KIND_CLUSTER_IP)?;
+            }
+            for (_, port) in ports {
+                let request = udp((n.client, 1_000), (n.vip, port - 8_000));
+                let (action, out) = lab.run(Hook::Ingress, external, &request.bytes())?;
+                assert_eq!(action, Action::Pass);
+                assert_eq!(out, request.between((n.client, 1_000), (n.pod, port)).bytes(), "{port}");
+            }
+        }
+        Ok(())
+    };
+    // The lab takes its thread along to another namespace.
+    thread::spawn(run).join().unwrap().unwrap();
+}
+
+/// Status of a GET from outside.
+fn status(from: &Place, at: SocketAddr) -> Option<u16> {
+    let ask = || -> Option<u16> {
+        let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(1)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        write!(stream, "GET / HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        text.split(' ').nth(1)?.parse().ok()
+    };
+    from.netns.run(ask).unwrap()
+}
+
+/// Who announces an address for a Service with eTP Local asks the nodes for health: those without ready endpoints say no.
+#[test]
+fn j6_nodes_without_ready_endpoints_say_so_to_those_who_announce() {
+    const CHECK: u16 = 32_104;
+    let cluster = CLUSTER.lock();
+    let mut service = service(&cluster, "j6", 104, &["pod-1a"])
+        .with("externalTrafficPolicy", json!("Local"))
+        .with("healthCheckNodePort", json!(CHECK));
+    let expect = |service: &Service, wanted: [u16; 2]| {
+        cluster.manifests.write("j6", &service.documents()).unwrap();
+        let mut last = Vec::new();
+        let waited = wait_for("the nodes to say so", SOON, || {
+            let nodes = cluster.nodes.iter();
+            let asked = nodes
+                .flat_map(|n| Family::BOTH.map(|f| status(&cluster.client, n.place.addrs.socket(f, CHECK))));
+            last = asked.collect();
+            last.iter().zip(wanted.iter().flat_map(|w| [w, w])).all(|(is, wanted)| *is == Some(*wanted))
+        });
+        waited.unwrap_or_else(|e| panic!("{e:#}: {last:?}, not {wanted:?}"));
+    };
+    expect(&service, [200, 503]);
+    // The one that drains serves, and is not announced.
+    (service.endpoints[0].ready, service.endpoints[0].terminating) = (false, true);
+    expect(&service, [503, 503]);
+    let to: Vec<_> = frontends(&service, cluster.node(1))
+        .into_iter()
+        .filter(|(kind, _)| *kind == "LoadBalancer")
+        .collect();
+    check(&lines(&[&cluster.client], &to, |_, _| Some(Want::From(&["pod-1a"]))));
+    service.endpoints = vec![Endpoint::pod(cluster.pod("pod-2a"))];
+    expect(&service, [503, 200]);
 }
