@@ -280,12 +280,12 @@ impl fmt::Display for Cell<'_> {
 }
 
 #[test]
-fn d_the_whole_truth_table_of_sources_frontends_and_policies() {
+fn d1_to_d7_the_whole_truth_table_of_sources_frontends_and_policies() {
     Bed::new(TABLE, Layout::PointToPoint, &[]).unwrap().check();
 }
 
 #[test]
-fn d_the_truth_table_where_pods_are_on_a_bridge() {
+fn d1_to_d7_the_truth_table_where_pods_are_on_a_bridge() {
     Bed::new(TABLE, Layout::Bridge, &[]).unwrap().check();
 }
 

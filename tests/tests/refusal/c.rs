@@ -7,7 +7,9 @@ use lb_tests::{
     manifests::Service,
     place::{Family, Place},
     raw::{self, IcmpError, Raw},
+    shared::SOON,
     traffic::{Call, Proto},
+    wait_for,
 };
 use serde_json::json;
 
@@ -213,4 +215,40 @@ fn c8_each_policy_has_a_counter_of_its_own() {
         wanted[counter] += 1;
         assert_eq!(after, wanted, "{from} -> {to}");
     }
+}
+
+/// How many Service ports of IPv4 node1 says have no local endpoint, for both policies, by kube-proxy's name.
+fn ports_without_local_endpoints(cluster: &Cluster) -> [u64; 2] {
+    let metrics = cluster.agents["node1"].metrics().unwrap();
+    ["internal", "external"].map(|policy| {
+        let name = format!(
+            "kubeproxy_sync_proxy_rules_no_local_endpoints_total{{ip_family=\"IPv4\",traffic_policy=\"{policy}\"}} "
+        );
+        let line = metrics.lines().find_map(|l| l.strip_prefix(&name));
+        line.and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("no gauge for policy {policy}"))
+    })
+}
+
+#[test]
+fn c8_services_without_local_endpoints_are_counted_for_each_policy() {
+    let cluster = CLUSTER.lock();
+    let before = ports_without_local_endpoints(&cluster);
+    let comes = |wanted: [u64; 2]| {
+        wait_for(&format!("{wanted:?} to be counted"), SOON, || ports_without_local_endpoints(&cluster) == wanted)
+            .unwrap_or_else(|e| panic!("{e:#}: {:?}", ports_without_local_endpoints(&cluster)));
+    };
+    // A TCP and a UDP port.
+    let cases = [("internalTrafficPolicy", [2, 0]), ("externalTrafficPolicy", [0, 2])];
+    for (field, more) in cases {
+        let mut service = service(&cluster, "c8-gauge", 20, &["pod-2a"]).with(field, json!("Local"));
+        cluster.manifests.write("c8-gauge", &service.documents()).unwrap();
+        comes([before[0] + more[0], before[1] + more[1]]);
+        // Nobody anywhere is another matter (C4), and so is somebody here.
+        for pods in [&[][..], &["pod-1a"]] {
+            service.endpoints = crate::bed::service(&cluster, "c8-gauge", 20, pods).endpoints;
+            cluster.manifests.write("c8-gauge", &service.documents()).unwrap();
+            comes(before);
+        }
+    }
+    cluster.manifests.remove("c8-gauge").unwrap();
 }
