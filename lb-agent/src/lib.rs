@@ -16,6 +16,7 @@ pub mod plan;
 pub mod reconcile;
 pub mod run;
 pub mod settings;
+mod sockets;
 pub mod source;
 pub mod sweep;
 

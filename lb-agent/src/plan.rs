@@ -50,7 +50,7 @@ use self::{
     frontends::{Frontends, Rank, Room},
     ids::Ids,
     no_local::{NoLocal, NoLocalEndpoints},
-    op::Family,
+    op::{Family, Frontend, Protocol},
     record::Record,
     recover::Leftovers,
     slots::Slots,
@@ -90,23 +90,53 @@ pub struct Plan {
     pub ops: Vec<MapOp>,
     /// Those of the Services that this plan looked at, sorted. [`Planner::rejections`] has all.
     pub rejections: Vec<Rejection>,
-    /// UDP records whose flows have to be checked once the operations are carried out, sorted by record.
+    /// Records whose endpoints changed, sorted by record: flows and sockets have to be checked once the operations are
+    /// carried out.
     pub retired: Vec<Retired>,
     /// This plan freed something that a rejected Service may be waiting for: plan again (with no Service, or the next
     /// dirty ones).
     pub retry: bool,
 }
 
-/// Flows of this UDP record to any other backend than these have to go (SEMANTICS I1): a client that keeps its source
-/// port would be sent to the dead backend for ever. Policies and hints do not matter here, serving ones are kept. The
-/// first plan after a start names every UDP record: backends may have gone meanwhile.
+/// The endpoints of this record are now these; whoever speaks to another one speaks to a retired backend.
+///
+/// UDP flows to one have to go (SEMANTICS I1): a client that keeps its source port would be sent to the dead backend for
+/// ever. TCP and SCTP connections to one go on as long as it answers (I4), for its pod may live on; if it does not answer,
+/// it is gone (J2). Policies and hints do not matter here. The first plan after a start names every record: backends may
+/// have gone meanwhile.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Retired {
     /// The record. The next plan may give the id to another Service if this one is gone.
     pub service: u32,
     pub family: Family,
-    /// What still serves, sorted.
+    pub protocol: Protocol,
+    /// Addresses that clients came by, before this plan or after it, sorted. Those that went before the agent started are
+    /// not known.
+    pub frontends: Vec<Frontend>,
+    /// What established flows may go on to, sorted: see [`endpoints::Sets::serving`].
     pub serving: Vec<(IpAddr, u16)>,
+    /// False if endpoints only came.
+    pub lost: bool,
+}
+
+/// What flows and sockets have to be looked at for, once a plan is carried out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Departures {
+    pub retired: Vec<Retired>,
+    /// The maps were read before: flows may be left of records that an earlier run had cleared.
+    pub recovered: bool,
+}
+
+impl Departures {
+    /// Those of several plans, in their order.
+    pub fn together(parts: Vec<Self>) -> Self {
+        let recovered = parts.iter().any(|part| part.recovered);
+        Self { retired: parts.into_iter().flat_map(|part| part.retired).collect(), recovered }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.retired.is_empty() && !self.recovered
+    }
 }
 
 /// What the kernel has, who owns it, and what is free.
@@ -248,8 +278,8 @@ impl Planner {
                 self.by_name.insert(record.name.clone(), id);
             }
             self.plan_ranges(id, &mut record, &desired.source_ranges, draft);
+            record.plan_retirement(id, &desired.sets.serving, &desired.frontends, draft);
             self.plan_claims(id, &mut record, &desired.frontends);
-            self.plan_retirement(id, &mut record, &desired.sets, draft);
             self.records.insert(id, record);
             kept.push(id);
         }

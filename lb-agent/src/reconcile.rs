@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     health::Status,
     metrics::Metrics,
-    plan::Retired,
+    plan::Departures,
     source::{Event, Object, ObjectRef},
 };
 
@@ -58,8 +58,8 @@ pub struct Wiring {
     pub addresses: watch::Receiver<BTreeSet<IpAddr>>,
     /// Asks for an audit now.
     pub audit: Arc<Notify>,
-    /// Flows of UDP records that lost backends.
-    pub retired: mpsc::UnboundedSender<Vec<Retired>>,
+    /// Records whose endpoints changed.
+    pub retired: mpsc::UnboundedSender<Departures>,
     pub status: Arc<Status>,
     pub metrics: Arc<Metrics>,
 }
@@ -270,9 +270,10 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                     metrics.operations(kind, *count);
                 }
                 metrics.set_rejected(outcome.rejected);
-                if outcome.recovered || !outcome.retired.is_empty() {
+                let departures = Departures { retired: outcome.retired, recovered: outcome.recovered };
+                if !departures.is_empty() {
                     // Without a sweeper the flows run into their timeouts.
-                    let _ = retired.send(outcome.retired);
+                    let _ = retired.send(departures);
                 }
             }
             Err(error) => {

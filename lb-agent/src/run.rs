@@ -118,7 +118,7 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
     let health_checks = core.health_checks();
     let (failures_in, failures) = mpsc::channel(healthcheck::events::PENDING);
     let reconciler = Reconciler::new(core, &settings.node_name, wiring);
-    let sweeper = Sweeper::open(&dir, settings.timeouts, flow_entries)?;
+    let sweeper = Sweeper::open(&dir, settings.timeouts, settings.reset_gone_backends, flow_entries)?;
     let sweeper = sweeper.counting(metrics.kube_proxy().clone());
     let devices = Arc::new(Devices::open(&pins)?);
 

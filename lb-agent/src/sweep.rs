@@ -1,26 +1,31 @@
-//! Expiry of flows: walks the flow tables, judges both entries of each flow together, deletes both.
+//! What becomes of flows and sockets: those that are silent expire, those whose backend is gone find a new one.
 //!
 //! The tables never evict, and the programs delete only a connection that has ended and whose ports are wanted again, so
-//! everything else is freed here. [`judge`] holds the rules, [`Schedule`] says when to look, [`Sweeper`] does it.
+//! everything else is freed here: [`judge()`] holds the rules, [`Schedule`] says when to look, [`Sweeper`] walks the tables,
+//! judges both entries of each flow together, deletes both. `retired`, `gone` and `sockets` are about backends that
+//! are no endpoints any more.
 
+mod gone;
 mod judge;
 mod retired;
 mod schedule;
+mod sockets;
 
 use std::{
     io,
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use bytemuck::Pod;
+use gone::Connections;
 pub use judge::{Judgement, Rules, judge};
 use lb_common::{
-    Addr,
+    Addr, V4, V6,
     addr::ToIp,
     conntrack::{Flow, Timeouts, flags},
     frontend::ServiceRecord,
@@ -30,12 +35,16 @@ use lb_common::{
 };
 use retired::{Serving, purge};
 pub use schedule::{Depth, Schedule};
+use sockets::Sockets;
 use tokio::sync::mpsc;
 
 use crate::{
     maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, MmapArray, read_error},
     metrics::kube_proxy::KubeProxy,
-    plan::{Retired, op::Family},
+    plan::{
+        Departures,
+        op::{Family, Protocol},
+    },
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +55,12 @@ pub enum SweepError {
     Map(#[from] MapError),
     #[error("cannot delete a flow")]
     Delete(#[source] io::Error),
+    #[error("cannot mark a flow whose backend is gone")]
+    Mark(#[source] io::Error),
+    #[error("cannot list sockets")]
+    Diag(#[source] io::Error),
+    #[error("cannot destroy a socket whose backend is gone")]
+    Destroy(#[source] io::Error),
     #[error("the sweep was cut off")]
     Cancelled(#[source] tokio::task::JoinError),
 }
@@ -68,26 +83,51 @@ pub struct Pass {
     pub orphans: u64,
 }
 
+/// What is watched because its backend is no endpoint any more.
+struct Watch {
+    v4: Connections<V4>,
+    v6: Connections<V6>,
+    sockets: Sockets,
+}
+
+impl Watch {
+    fn is_empty(&self) -> bool {
+        self.v4.is_empty() && self.v6.is_empty() && !self.sockets.is_watching()
+    }
+}
+
 /// Deletes flows whose time is over.
 pub struct Sweeper {
     clock: KernelClock,
     flows: FlowTables,
-    counters: Counters,
     services: MmapArray<ServiceRecord>,
+    counters: Counters,
     timeouts: Timeouts,
     entries: Arc<FlowEntries>,
+    reset_gone: bool,
+    /// Locked by one blocking thread at a time, all of which [`Self::run`] waits for.
+    watch: Mutex<Watch>,
     metrics: Option<KubeProxy>,
 }
 
 impl Sweeper {
-    /// Opens what is pinned below `dir` (`<state_dir>/v<LAYOUT_VERSION>`).
-    pub fn open(dir: &Path, timeouts: Timeouts, entries: Arc<FlowEntries>) -> Result<Self, SweepError> {
+    /// Opens what is pinned below `dir` (`<state_dir>/v<LAYOUT_VERSION>`). `reset_gone`: clients of TCP backends that are
+    /// gone for good are to get a reset.
+    pub fn open(
+        dir: &Path,
+        timeouts: Timeouts,
+        reset_gone: bool,
+        entries: Arc<FlowEntries>,
+    ) -> Result<Self, SweepError> {
         let maps = dir.join("maps");
+        let sockets = Sockets::open(&maps, reset_gone)?;
         Ok(Self {
+            reset_gone,
+            watch: Mutex::new(Watch { v4: Connections::default(), v6: Connections::default(), sockets }),
             clock: KernelClock::open(dir)?,
             flows: FlowTables::open(&maps)?,
-            counters: Counters::open(&maps)?,
             services: MmapArray::open(&maps, name::SERVICES)?,
+            counters: Counters::open(&maps)?,
             timeouts,
             entries,
             metrics: None,
@@ -111,81 +151,146 @@ impl Sweeper {
         Ok([v4, v6])
     }
 
-    /// Deletes the UDP flows of these records to backends that no longer serve, and those of records that nobody uses; how
-    /// many there were. Blocks.
-    pub fn purge(&self, retired: &[Retired]) -> Result<u64, SweepError> {
-        let now = self.clock.jiffies()?;
+    /// Looks for flows and sockets that lead to retired backends: deletes those of UDP, begins to watch those of TCP. Returns
+    /// how many flows and sockets it ended. Blocks.
+    pub fn purge(&self, Departures { retired, recovered }: &Departures) -> Result<(u64, u64), SweepError> {
+        let now = Instant::now();
+        let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        let Watch { v4, v6, sockets } = &mut *watch;
+        v4.endpoints(Family::V4, retired);
+        v6.endpoints(Family::V6, retired);
+        let sockets = sockets.retire(retired, now);
+        // All of UDP; of TCP only what would be watched.
+        let concerning = || {
+            retired.iter().filter(|r| match r.protocol {
+                Protocol::Udp => true,
+                Protocol::Tcp => self.reset_gone,
+                Protocol::Sctp => false,
+            })
+        };
+        let until = self.clock.jiffies()?;
         let in_use = |id| self.services.load(id).is_some_and(|record| record.in_use != 0);
-        let v4 = Serving::of(Family::V4, retired, &in_use, now);
-        let v4 = self.purge_table(&self.flows.v4, &v4, Family::V4)?;
-        let v6 = Serving::of(Family::V6, retired, &in_use, now);
-        Ok(v4 + self.purge_table(&self.flows.v6, &v6, Family::V6)?)
+        let in_use = recovered.then_some(&in_use as &dyn Fn(u32) -> bool);
+        let of = |family| Serving::of(family, concerning(), in_use, until);
+        let (serving4, serving6) = (of(Family::V4), of(Family::V6));
+        let flows = self.purge_table(&self.flows.v4, &serving4, |k, f| v4.watch(k, f, until, now))?
+            + self.purge_table(&self.flows.v6, &serving6, |k, f| v6.watch(k, f, until, now))?;
+        Ok((flows, sockets?))
     }
 
     fn purge_table<A: Addr + ToIp>(
         &self,
         table: &FlowTable<A>,
         serving: &Serving<'_>,
-        family: Family,
+        connection: impl FnMut(&Tuple<A>, &Flow<A>),
     ) -> Result<u64, SweepError>
     where
         Tuple<A>: Pod,
         Flow<A>: Pod,
     {
+        if serving.is_empty() {
+            return Ok(0);
+        }
         let begun = Instant::now();
-        let flows = purge(table, serving)?;
-        if let Some(metrics) = &self.metrics {
+        let flows = purge(table, serving, connection)?;
+        if let Some(metrics) = self.metrics.as_ref().filter(|_| serving.has_udp()) {
+            let family = if A::IS_V6 { Family::V6 } else { Family::V4 };
             metrics.purged(family, begun.elapsed(), flows);
         }
         Ok(flows)
     }
 
-    /// Sweeps for ever, as often as the tables need it, and as soon as backends are `retired`.
-    pub async fn run(self, mut retired: mpsc::UnboundedReceiver<Vec<Retired>>) {
+    /// Looks once at everything that is watched. Returns how many flows were marked and sockets destroyed. Blocks.
+    pub fn look(&self) -> Result<(u64, u64), SweepError> {
+        let now = Instant::now();
+        let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
+        let per_s = self.clock.jiffies_per_s();
+        let v4 = watch.v4.look(&self.flows.v4, per_s, now);
+        let v6 = watch.v6.look(&self.flows.v6, per_s, now);
+        let sockets = watch.sockets.look(now);
+        Ok((v4? + v6?, sockets?))
+    }
+
+    fn is_watching(&self) -> bool {
+        !self.watch.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// Sweeps for ever, as often as the tables need it, and as soon as endpoints change.
+    pub async fn run(self, mut retired: mpsc::UnboundedReceiver<Departures>) {
         let mut schedule = Schedule::new(self.flows.v4.capacity().min(self.flows.v6.capacity()));
         let sweeper = Arc::new(self);
         let mut failing = false;
         let mut tick = tokio::time::interval(Schedule::TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut records = Vec::new();
+        let mut rest_until = Instant::now();
+        let mut result = Self::begin(&sweeper).await;
         loop {
-            let result = tokio::select! {
-                _ = tick.tick() => Self::turn(&sweeper, &mut schedule).await,
-                1.. = retired.recv_many(&mut records, usize::MAX) => {
-                    Self::retire(&sweeper, std::mem::take(&mut records).concat()).await
-                }
-            };
             match result {
                 Ok(()) => failing = false,
                 // Once per change: the next tick tries again.
                 Err(e) if !failing => {
                     failing = true;
-                    tracing::error!(error = %crate::chain(&e), "cannot expire flows; trying again");
+                    tracing::error!(error = %crate::chain(&e), "cannot sweep flows and sockets; trying again");
                 }
                 Err(_) => {}
             }
+            result = tokio::select! {
+                _ = tick.tick() => {
+                    let looked = Self::look_if_due(&sweeper, &mut rest_until).await;
+                    Self::turn(&sweeper, &mut schedule).await.and(looked)
+                }
+                1.. = retired.recv_many(&mut records, usize::MAX) => {
+                    Self::retire(&sweeper, Departures::together(std::mem::take(&mut records))).await
+                }
+            };
         }
     }
 
-    async fn retire(sweeper: &Arc<Self>, retired: Vec<Retired>) -> Result<(), SweepError> {
-        let worker = sweeper.clone();
-        let records = retired.len();
+    async fn begin(sweeper: &Arc<Self>) -> Result<(), SweepError> {
+        sweeper
+            .blocking(|s| s.watch.lock().unwrap_or_else(PoisonError::into_inner).sockets.check_support())
+            .await
+    }
+
+    /// Works on a thread where waiting for the kernel is allowed.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Result<T, SweepError> {
+        let worker = self.clone();
+        tokio::task::spawn_blocking(move || work(&worker)).await.map_err(SweepError::Cancelled)
+    }
+
+    async fn retire(sweeper: &Arc<Self>, departures: Departures) -> Result<(), SweepError> {
+        let records = departures.retired.len();
         let begun = Instant::now();
-        let purge = tokio::task::spawn_blocking(move || worker.purge(&retired));
-        let flows = purge.await.map_err(SweepError::Cancelled)??;
-        tracing::debug!(records, flows, "flows to retired UDP backends deleted");
+        let (flows, sockets) = sweeper.blocking(move |s| s.purge(&departures)).await??;
+        tracing::debug!(records, flows, sockets, "flows and sockets to retired UDP backends ended");
         // Changes that come meanwhile share the next walk; walks of large tables leave room for other work.
         tokio::time::sleep(begun.elapsed() * 2).await;
+        Ok(())
+    }
+
+    /// A tick is a second, so this is a look per second, and less often if looks take long.
+    async fn look_if_due(sweeper: &Arc<Self>, rest_until: &mut Instant) -> Result<(), SweepError> {
+        let begun = Instant::now();
+        if begun < *rest_until || !sweeper.is_watching() {
+            return Ok(());
+        }
+        let (flows, sockets) = sweeper.blocking(|s| s.look()).await??;
+        *rest_until = Instant::now() + begun.elapsed() * schedule::REST;
+        if flows + sockets > 0 {
+            tracing::info!(flows, sockets, "connections to backends that are gone for good are reset");
+        }
         Ok(())
     }
 
     async fn turn(sweeper: &Arc<Self>, schedule: &mut Schedule) -> Result<(), SweepError> {
         let created = sweeper.counters.sum(Counter::FlowCreated)?;
         let Some(due) = schedule.due(Instant::now(), created) else { return Ok(()) };
-        let worker = sweeper.clone();
         let begun = Instant::now();
-        let pass = tokio::task::spawn_blocking(move || worker.pass(due.depth, due.pressure));
-        let [v4, v6] = pass.await.map_err(SweepError::Cancelled)??;
+        let [v4, v6] = sweeper.blocking(move |s| s.pass(due.depth, due.pressure)).await??;
         let took = begun.elapsed();
         schedule.done(Instant::now(), took, v4.entries.max(v6.entries), created);
         log(v4, v6, took, due.pressure);

@@ -24,7 +24,7 @@ use lb_agent::{
     maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table},
     metrics::Metrics,
     plan::{
-        ActualCidr, ActualService, ActualState, Retired,
+        ActualCidr, ActualService, ActualState, Departures, Retired,
         op::{Backend, Family, Frontend, MapOp, Protocol},
     },
     reconcile::{Core, NodeRules},
@@ -628,7 +628,7 @@ fn flows_end_together_and_orphans_go() -> Result<()> {
     put(&tables, &tcp)?;
 
     let entries = Arc::new(FlowEntries::default());
-    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, entries.clone())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, true, entries.clone())?;
     let [v4, v6] = sweeper.pass(Depth::Expiry, false)?;
     assert_eq!((v4.expired, v6), (5000, Pass::default()));
     // The half that has not had its five seconds yet stays.
@@ -653,7 +653,7 @@ fn unanswered_flows_end_early_when_the_table_is_nearly_full() -> Result<()> {
     for (client, answered) in [(0x0b00_0001, false), (0x0b00_0002, true)] {
         put(&tables, &pair(client, proto::UDP, now, 15 * hz, answered))?;
     }
-    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, true, Arc::default())?;
     assert_eq!(sweeper.pass(Depth::Expiry, false)?[0].expired, 0);
     assert_eq!(sweeper.pass(Depth::Expiry, true)?[0].expired, 1);
     Ok(())
@@ -663,7 +663,7 @@ fn unanswered_flows_end_early_when_the_table_is_nearly_full() -> Result<()> {
 fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
     let state = State::new(&[])?;
     let tables = FlowTables::open(&state.maps())?;
-    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, true, Arc::default())?;
     let metrics = Metrics::new(Arc::default(), Arc::default());
     let sweeper = sweeper.counting(metrics.kube_proxy().clone());
     let udp = pair(0x0b00_0001, proto::UDP, 0, 0, true);
@@ -671,10 +671,18 @@ fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
     put(&tables, &udp)?;
     put(&tables, &tcp)?;
     let serving = |addr: &str| {
-        vec![Retired { service: 1, family: Family::V4, serving: vec![(addr.parse().unwrap(), 8080)] }]
+        let retired = Retired {
+            service: 1,
+            family: Family::V4,
+            protocol: Protocol::Udp,
+            frontends: Vec::new(),
+            serving: vec![(addr.parse().unwrap(), 8080)],
+            lost: true,
+        };
+        Departures { retired: vec![retired], recovered: false }
     };
-    assert_eq!(sweeper.purge(&serving("10.1.0.2"))?, 0);
-    assert_eq!(sweeper.purge(&serving("10.1.0.3"))?, 1);
+    assert_eq!(sweeper.purge(&serving("10.1.0.2"))?, (0, 0));
+    assert_eq!(sweeper.purge(&serving("10.1.0.3"))?, (1, 0));
     let scrape = metrics.encode()?;
     for sample in [
         "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv4\"} 1",
@@ -702,14 +710,16 @@ fn udp_flows_to_backends_that_no_longer_serve_are_deleted() -> Result<()> {
 fn i1_udp_flows_of_a_record_that_nobody_uses_are_deleted() -> Result<()> {
     let state = State::new(&[])?;
     let tables = FlowTables::open(&state.maps())?;
-    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, Arc::default())?;
+    let sweeper = Sweeper::open(&state.version(), Timeouts::DEFAULT, true, Arc::default())?;
     put(&tables, &pair(0x0b00_0001, proto::UDP, 0, 0, true))?;
     put(&tables, &pair(0x0b00_0001, proto::TCP, 0, 0, true))?;
     let mut maps = Maps::open(&state.maps())?;
     maps.apply(&two_services())?;
-    assert_eq!(sweeper.purge(&[])?, 0);
+    let recovered = Departures { retired: Vec::new(), recovered: true };
+    assert_eq!(sweeper.purge(&recovered)?, (0, 0));
     maps.apply(&[MapOp::ClearService { service: 1 }])?;
-    assert_eq!(sweeper.purge(&[])?, 1);
+    assert_eq!(sweeper.purge(&Departures::default())?, (0, 0), "nothing to look for");
+    assert_eq!(sweeper.purge(&recovered)?, (1, 0));
     let left: BTreeSet<u8> = tables.v4.entries()?.into_iter().map(|(key, _)| key.proto).collect();
     assert_eq!(left, BTreeSet::from([proto::TCP]));
     Ok(())

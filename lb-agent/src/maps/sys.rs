@@ -54,13 +54,22 @@ unsafe fn bpf<A>(command: Command, attr: &mut A) -> io::Result<()> {
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Flag of [`Command::UpdateElem`]: replace only.
+pub(super) const BPF_EXIST: u64 = 2;
+
 /// A single-entry command.
 ///
 /// # Safety
 /// `key` must point at key-size bytes of the map, `value` at value-size bytes (not read or written by a deletion). For
 /// [`Command::GetNextKey`], `key` may be 0 and `value` must point at key-size bytes.
-pub(super) unsafe fn elem(fd: BorrowedFd<'_>, command: Command, key: u64, value: u64) -> io::Result<()> {
-    let mut attr = ElemAttr { map_fd: fd.as_raw_fd() as u32, _pad: 0, key, value, flags: 0 };
+pub(super) unsafe fn elem(
+    fd: BorrowedFd<'_>,
+    command: Command,
+    key: u64,
+    value: u64,
+    flags: u64,
+) -> io::Result<()> {
+    let mut attr = ElemAttr { map_fd: fd.as_raw_fd() as u32, _pad: 0, key, value, flags };
     // SAFETY: the caller's promise.
     unsafe { bpf(command, &mut attr) }
 }

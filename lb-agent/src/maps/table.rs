@@ -62,7 +62,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         let mut value = V::zeroed();
         let (k, v) = (std::ptr::from_ref(key) as u64, std::ptr::from_mut(&mut value) as u64);
         // SAFETY: both point at values whose sizes were compared with the map's when it was opened.
-        absent_is_none(unsafe { sys::elem(self.data.fd().as_fd(), Command::LookupElem, k, v) })
+        absent_is_none(unsafe { sys::elem(self.data.fd().as_fd(), Command::LookupElem, k, v, 0) })
             .map(|found| found.map(|()| value))
     }
 
@@ -70,14 +70,24 @@ impl<K: Pod, V: Pod> Table<K, V> {
     pub fn put(&self, key: &K, value: &V) -> io::Result<()> {
         let (k, v) = (std::ptr::from_ref(key) as u64, std::ptr::from_ref(value) as u64);
         // SAFETY: both point at values whose sizes were compared with the map's when it was opened.
-        unsafe { sys::elem(self.data.fd().as_fd(), Command::UpdateElem, k, v) }
+        unsafe { sys::elem(self.data.fd().as_fd(), Command::UpdateElem, k, v, 0) }
+    }
+
+    /// Replaces an entry; false if there was none.
+    pub fn replace(&self, key: &K, value: &V) -> io::Result<bool> {
+        let (k, v) = (std::ptr::from_ref(key) as u64, std::ptr::from_ref(value) as u64);
+        // SAFETY: both point at values whose sizes were compared with the map's when it was opened.
+        absent_is_none(unsafe {
+            sys::elem(self.data.fd().as_fd(), Command::UpdateElem, k, v, sys::BPF_EXIST)
+        })
+        .map(|found| found.is_some())
     }
 
     /// Deletes an entry; false if there was none.
     pub fn delete(&self, key: &K) -> io::Result<bool> {
         let k = std::ptr::from_ref(key) as u64;
         // SAFETY: the key's size was compared with the map's; a deletion has no value.
-        absent_is_none(unsafe { sys::elem(self.data.fd().as_fd(), Command::DeleteElem, k, 0) })
+        absent_is_none(unsafe { sys::elem(self.data.fd().as_fd(), Command::DeleteElem, k, 0, 0) })
             .map(|found| found.is_some())
     }
 
@@ -159,7 +169,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
             let last = keys.last().map_or(0, |key| std::ptr::from_ref(key) as u64);
             let to = std::ptr::from_mut(&mut next) as u64;
             // SAFETY: both point at keys, whose size was compared with the map's, or the first is 0.
-            let found = unsafe { sys::elem(self.data.fd().as_fd(), Command::GetNextKey, last, to) };
+            let found = unsafe { sys::elem(self.data.fd().as_fd(), Command::GetNextKey, last, to, 0) };
             if absent_is_none(found)?.is_none() {
                 break;
             }

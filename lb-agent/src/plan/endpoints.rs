@@ -20,7 +20,8 @@ pub struct Sets {
     /// For traffic policy Local. Every endpoint of this node that is in `cluster` is also here: if it is ready, because
     /// hints never filter this set (B5); if it is terminating, because nobody is ready anywhere, so nobody is here.
     pub local: Vec<SocketAddr>,
-    /// All that still answer on established flows.
+    /// Those that established flows may go on to. UDP: all that serve, terminating or not (I1). TCP and SCTP: all that
+    /// slices name, for connections end by themselves (I4) and a backend in no slice may be gone (J2).
     pub serving: Vec<SocketAddr>,
 }
 
@@ -79,8 +80,7 @@ pub fn sets<'a>(
     }
     let serving = match port.protocol {
         Protocol::Udp => pick(&|c| c.is_ready() || c.endpoint.conditions.serving),
-        // TCP and SCTP flows are never cut (I4).
-        Protocol::Tcp | Protocol::Sctp => Vec::new(),
+        Protocol::Tcp | Protocol::Sctp => pick(&|_| true),
     };
     Sets { cluster, local, serving }
 }

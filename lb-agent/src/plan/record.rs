@@ -1,9 +1,6 @@
 //! Service records: one Service port in one family, and what the kernel has of it.
 
-use std::{
-    hash::{DefaultHasher, Hash, Hasher},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::{
@@ -56,8 +53,8 @@ pub(super) struct Record {
     pub(super) ranges: Box<[IpNet]>,
     /// With flags, sorted.
     pub(super) claims: Box<[(Frontend, u32)]>,
-    /// Hash of the endpoints that served at the last plan (UDP). 0: not known.
-    pub(super) serving: u64,
+    /// [`Sets::serving`] at the last plan. `None`: not known.
+    pub(super) serving: Option<Box<[SocketAddr]>>,
 }
 
 impl Record {
@@ -74,13 +71,35 @@ impl Record {
             members: Box::default(),
             ranges: Box::default(),
             claims: Box::default(),
-            serving: 0,
+            serving: Some(Box::default()),
         }
     }
 
     pub(super) fn full(&self, resource: Resource, capacity: u32) -> Rejection {
         let record = self.name.to_string();
         Rejection::Full { service: self.owner.clone(), record, resource, capacity }
+    }
+
+    /// Notes flows and sockets to look at, before the claims become `frontends`: whoever came by an address that goes away
+    /// counts too.
+    pub(super) fn plan_retirement(
+        &mut self,
+        id: u32,
+        serving: &[SocketAddr],
+        frontends: &[(Frontend, u32)],
+        draft: &mut Draft,
+    ) {
+        if self.serving.as_deref() == Some(serving) {
+            return;
+        }
+        let has_left = |at: &SocketAddr| serving.binary_search(at).is_err();
+        let lost = self.serving.as_ref().is_none_or(|known| known.iter().any(has_left));
+        self.serving = Some(serving.into());
+        let mut frontends: Vec<Frontend> = self.claims.iter().chain(frontends).map(|(f, _)| *f).collect();
+        frontends.sort_unstable();
+        frontends.dedup();
+        let (family, protocol, serving) = (self.family, self.protocol, serving.to_vec());
+        draft.retired.push(Retired { service: id, family, protocol, frontends, serving, lost });
     }
 
     /// Each backend of either set once, with its `member` bits, sorted by id.
@@ -281,29 +300,14 @@ impl Planner {
         }
     }
 
-    /// Notes UDP flows to look at.
-    pub(super) fn plan_retirement(&self, id: u32, record: &mut Record, sets: &Sets, draft: &mut Draft) {
-        if record.protocol != Protocol::Udp {
-            return;
-        }
-        // Equal keys on every run: a plan depends on its input alone.
-        let mut hasher = DefaultHasher::new();
-        sets.serving.hash(&mut hasher);
-        let serving = hasher.finish().max(1);
-        if record.serving != serving {
-            record.serving = serving;
-            draft.retired.push(Retired { service: id, family: record.family, serving: sets.serving.clone() });
-        }
-    }
-
     /// Plans a record that nobody wants any more away.
     pub(super) fn remove_record(&mut self, id: u32, draft: &mut Draft) {
         let Some(mut record) = self.records.remove(&id) else { return };
         self.by_name.remove(&record.name);
+        record.plan_retirement(id, &[], &[], draft);
         self.plan_claims(id, &mut record, &[]);
         self.plan_members(id, &mut record, false, draft);
         self.plan_ranges(id, &mut record, &[], draft);
-        self.plan_retirement(id, &mut record, &Sets::default(), draft);
         for (backend, bits) in record.backends() {
             self.backends(record.family).release(backend, is_local(bits));
         }

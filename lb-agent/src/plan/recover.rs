@@ -293,6 +293,6 @@ fn parse(name: &str, service: &ActualService) -> Option<Record> {
         members: Box::default(),
         ranges: Box::default(),
         claims: Box::default(),
-        serving: 0,
+        serving: None,
     })
 }

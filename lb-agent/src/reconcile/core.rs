@@ -68,7 +68,7 @@ pub struct Outcome {
     pub operations: BTreeMap<&'static str, u64>,
     /// What is left out at present, by reason.
     pub rejected: BTreeMap<&'static str, i64>,
-    /// UDP flows that have to be checked.
+    /// Records whose flows and sockets have to be checked.
     pub retired: Vec<Retired>,
     /// Rule C8, as of now.
     pub no_local: NoLocalEndpoints,
@@ -314,7 +314,8 @@ impl<K: Kernel> Core<K> {
 
     fn carry_out(&mut self, plan: &mut Plan, outcome: &mut Outcome) -> Result<(), SyncError> {
         if plan.ops.is_empty() {
-            // Flows may have to go even where the maps are right: an earlier run may have come no further than these.
+            // Flows may have to go even where the maps are right: an earlier run may have come no further than these, or an
+            // endpoint that took no new flows any more has stopped serving.
             outcome.retired.append(&mut plan.retired);
             return Ok(());
         }

@@ -81,7 +81,12 @@ pub fn judge<A: Addr>(rules: &Rules, proto: u8, entry: &Flow<A>, partner: Option
         };
     };
     let (forward, reply) = if is_reply(entry) { (partner, entry) } else { (entry, partner) };
-    let stage = stage(proto, forward.tcp_seen, reply.tcp_seen, reply_answered(reply));
+    let stage = if forward.flags & flags::GONE != 0 {
+        // The client has its reset, or gets it with the next packet; and its retransmissions are less far apart than that.
+        Stage::Closing
+    } else {
+        stage(proto, forward.tcp_seen, reply.tcp_seen, reply_answered(reply))
+    };
     let last_seen = rules.younger(forward.last_seen, reply.last_seen);
     if is_expired(&rules.timeouts, proto, stage, last_seen, rules.now, rules.jiffies_per_s) {
         Judgement::Expired
@@ -103,7 +108,7 @@ mod tests {
     use lb_common::{
         V4,
         conntrack::tcp,
-        proto::{TCP, UDP},
+        proto::{SCTP, TCP, UDP},
     };
     use proptest::prelude::*;
 
@@ -163,6 +168,34 @@ mod tests {
     }
 
     #[test]
+    fn sctp_has_stages_too_and_a_shorter_life() {
+        // nf_conntrack_sctp_timeout_established: 210 s, where TCP has a day.
+        let both = (tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK);
+        let (f, r) = pair(900, 209, both);
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Keep);
+        let (f, r) = pair(211, 211, both);
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Expired);
+        assert_eq!(judge(&rules(), TCP, &f, Some(&r)), Judgement::Keep);
+        // SHUTDOWN.
+        let (f, r) = pair(121, 121, (both.0 | tcp::FIN, both.1));
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Expired);
+        // INIT without an answer.
+        let (f, r) = pair(61, 900, (tcp::SYN, 0));
+        assert_eq!(judge(&rules(), SCTP, &f, Some(&r)), Judgement::Expired);
+    }
+
+    #[test]
+    fn j2_connections_to_nobody_do_not_stay_for_a_day() {
+        let (f, r) = pair(121, 900, (tcp::SYN | tcp::ACK, tcp::SYN | tcp::ACK));
+        assert_eq!(judge(&rules(), TCP, &f, Some(&r)), Judgement::Keep);
+        let marked = Flow { flags: flags::GONE, ..f };
+        assert_eq!(judge(&rules(), TCP, &marked, Some(&r)), Judgement::Expired);
+        assert_eq!(judge(&rules(), TCP, &r, Some(&marked)), Judgement::Expired);
+        let asking = Flow { last_seen: NOW - 11_900, ..marked };
+        assert_eq!(judge(&rules(), TCP, &asking, Some(&r)), Judgement::Keep);
+    }
+
+    #[test]
     fn either_entry_leads_to_the_same_judgement() {
         let (f, r) = pair(200, 121, (0, 0));
         assert_eq!(judge(&rules(), UDP, &r, Some(&f)), Judgement::Expired);
@@ -184,6 +217,7 @@ mod tests {
         assert_eq!((t.tcp_opening_s, t.udp_opening_s), (10, 10));
         assert_eq!(t.tcp_established_s, Timeouts::DEFAULT.tcp_established_s);
         assert_eq!(t.udp_established_s, Timeouts::DEFAULT.udp_established_s);
+        assert_eq!(t.sctp_established_s, Timeouts::DEFAULT.sctp_established_s);
     }
 
     proptest! {
@@ -191,11 +225,15 @@ mod tests {
         #[test]
         fn the_shortcut_agrees_with_the_judgement(
             now: u32, idle in 0u32..20_000_000, partner_idle in 0u32..20_000_000, seen: u8, partner_seen: u8,
-            proto in prop_oneof![Just(TCP), Just(UDP)],
+            gone: bool,
+            proto in prop_oneof![Just(TCP), Just(UDP), Just(SCTP)],
         ) {
             let rules = Rules { now, ..rules() };
             let created = now.wrapping_sub(30_000_000);
-            let forward = Flow::<V4> { last_seen: now.wrapping_sub(idle), created, tcp_seen: seen, ..Flow::default() };
+            let forward = Flow::<V4> {
+                last_seen: now.wrapping_sub(idle), created, tcp_seen: seen,
+                flags: if gone { flags::GONE } else { 0 }, ..Flow::default()
+            };
             let reply = Flow {
                 last_seen: now.wrapping_sub(partner_idle), created, tcp_seen: partner_seen, flags: flags::REPLY,
                 ..Flow::default()

@@ -22,7 +22,7 @@ pub struct Due {
 /// Normal distance between passes: a flow outlives its timeout by at most this.
 const INTERVAL: Duration = Duration::from_secs(10);
 /// Share of the time that passes may take, as a divisor; under pressure the second one.
-const REST: u32 = 9;
+pub(super) const REST: u32 = 9;
 const REST_UNDER_PRESSURE: u32 = 2;
 /// Every so many passes all entries are checked for their other half. Orphans are the rare result of a crash or a race.
 const ORPHANS_EVERY: u32 = 6;

@@ -302,6 +302,32 @@ fn i1_udp_flows_to_backends_that_do_not_serve_any_more_are_reported() {
 }
 
 #[test]
+fn j2_backends_that_no_slice_names_are_reported_and_terminating_ones_are_not() {
+    let mut world = with(service("web", &["10.96.0.1"]), &[ready("10.0.0.1"), ready("10.0.0.2")]);
+    let report = |plan: &crate::plan::Plan| -> Vec<(String, bool)> {
+        let name = |r: &crate::plan::Retired| r.serving.iter().map(|(ip, _)| format!("{ip} ")).collect();
+        plan.retired.iter().map(|r| (name(r), r.lost)).collect()
+    };
+    let slice = |endpoints: &[Endpoint]| Change::Slice(slice("s", "web", endpoints));
+    // Whatever its conditions: it is there, so its connections are its own business.
+    let plan = world.change([slice(&[terminating("10.0.0.1"), ready("10.0.0.2")])]);
+    assert_eq!(report(&plan), []);
+    assert!(!plan.ops.is_empty());
+    let plan = world.change([slice(&[unready("10.0.0.1"), ready("10.0.0.2")])]);
+    assert_eq!(report(&plan), []);
+    // It leaves no trace in the maps by then.
+    let plan = world.change([slice(&[ready("10.0.0.2")])]);
+    assert_eq!((report(&plan), plan.ops.len()), (vec![("10.0.0.2 ".into(), true)], 0));
+    assert_eq!(plan.retired[0].frontends, [frontend("10.96.0.1:80")]);
+    // One that comes back must not be taken for gone.
+    let plan = world.change([slice(&[ready("10.0.0.1"), ready("10.0.0.2")])]);
+    assert_eq!(report(&plan), [("10.0.0.1 10.0.0.2 ".into(), false)]);
+    let plan = world.change([Change::DeleteService(ServiceKey::new("default", "web"))]);
+    assert_eq!(report(&plan), [("".into(), true)]);
+    assert_eq!(plan.retired[0].frontends, [frontend("10.96.0.1:80")]);
+}
+
+#[test]
 fn i9_services_of_others_and_without_a_vip_program_nothing_and_come_back() {
     let plain = external_local();
     let mut world = with(plain.clone(), &[ready("10.0.0.1")]);
