@@ -289,6 +289,12 @@ fn d1_to_d7_the_truth_table_where_pods_are_on_a_bridge() {
     Bed::new(TABLE, Layout::Bridge, &[]).unwrap().check();
 }
 
+/// Sockets of pods that are connected to backends directly get the same.
+#[test]
+fn d1_to_d7_the_truth_table_through_the_socket_hooks_of_pods() {
+    Bed::new(TABLE, Layout::PointToPoint, &["--socket-lb=all"]).unwrap().check();
+}
+
 #[test]
 fn d1_a_pod_that_no_detector_knows_counts_as_a_client_from_outside() {
     Bed::new(UNKNOWN_POD, Layout::PointToPoint, &["--external-device=veth1b"]).unwrap().check();

@@ -234,8 +234,10 @@ fn c8_services_without_local_endpoints_are_counted_for_each_policy() {
     let cluster = CLUSTER.lock();
     let before = ports_without_local_endpoints(&cluster);
     let comes = |wanted: [u64; 2]| {
-        wait_for(&format!("{wanted:?} to be counted"), SOON, || ports_without_local_endpoints(&cluster) == wanted)
-            .unwrap_or_else(|e| panic!("{e:#}: {:?}", ports_without_local_endpoints(&cluster)));
+        wait_for(&format!("{wanted:?} to be counted"), SOON, || {
+            ports_without_local_endpoints(&cluster) == wanted
+        })
+        .unwrap_or_else(|e| panic!("{e:#}: {:?}", ports_without_local_endpoints(&cluster)));
     };
     // A TCP and a UDP port.
     let cases = [("internalTrafficPolicy", [2, 0]), ("externalTrafficPolicy", [0, 2])];
