@@ -11,8 +11,9 @@
 //!   clients that come in by one and are reached by another: reported.
 //! * **FORWARD policy DROP** (docker hosts), in nf_tables or in legacy iptables: packets to pods pass only if a rule accepts
 //!   them. Rules are not interpreted, and rules that drop under an accepting policy are not found. Reported.
-//! * **Local ports.** A local process must not get a port that a translated flow uses: where `ip_local_port_range` overlaps
-//!   ours, the overlap is added to `ip_local_reserved_ports`.
+//! * **Local ports.** A local process must not get a port that a translated flow uses, nor a NodePort, whose answers would be
+//!   taken for requests to the Service: where `ip_local_port_range` overlaps ours or Kubernetes' range of NodePorts, the
+//!   overlap is added to `ip_local_reserved_ports`. The node's own choice of another range of NodePorts is not known here.
 
 mod iptables;
 mod netfilter;
@@ -235,24 +236,28 @@ fn reverse_path_filter(subject: &Subject<'_>, findings: &mut Vec<Finding>) -> io
     Ok(())
 }
 
+/// Where Kubernetes takes NodePorts from (`--service-node-port-range` of the API server, by default).
+const NODE_PORTS: PortRange = PortRange { first: 30_000, last: 32_767 };
+
 fn local_ports(subject: &Subject<'_>, findings: &mut Vec<Finding>) -> io::Result<()> {
     const RESERVED: &str = "net/ipv4/ip_local_reserved_ports";
+    const WHY: &str = "local connections could get ports that translated flows or NodePorts use";
     let range = sysctl::read("net/ipv4/ip_local_port_range")?;
     let mut ends = range.split_whitespace().map_while(|n| n.parse::<u16>().ok());
     let (Some(first), Some(last)) = (ends.next(), ends.next()) else { return Ok(()) };
-    let (first, last) = (first.max(subject.snat_ports.first), last.min(subject.snat_ports.last));
-    if first > last {
-        return Ok(());
+    let old = sysctl::read_ports(RESERVED)?;
+    let mut new = old.clone();
+    for ours in [subject.snat_ports, NODE_PORTS] {
+        let (first, last) = (first.max(ours.first), last.min(ours.last));
+        if first <= last && !sysctl::covers(&new, first, last) {
+            let separator = if new.is_empty() { "" } else { "," };
+            new = format!("{new}{separator}{first}-{last}");
+        }
     }
-    let reserved = sysctl::read(RESERVED)?;
-    if sysctl::covers(&reserved, first, last) {
-        return Ok(());
+    if new != old {
+        let what = format!("net.ipv4.ip_local_port_range is {}", range.replace('\t', "-"));
+        findings.push(Finding { what, ..set(Kind::PortRange, WHY, RESERVED, &old, &new) });
     }
-    const WHY: &str = "local connections could get ports that translated flows use";
-    let separator = if reserved.is_empty() { "" } else { "," };
-    let new = format!("{reserved}{separator}{first}-{last}");
-    let what = format!("net.ipv4.ip_local_port_range is {}", range.replace('\t', "-"));
-    findings.push(Finding { what, ..set(Kind::PortRange, WHY, RESERVED, &reserved, &new) });
     Ok(())
 }
 

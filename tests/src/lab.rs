@@ -72,13 +72,20 @@ pub struct Lab {
 pub struct Options {
     pub snat_ports: (u16, u16),
     pub flow_entries: u32,
+    pub service_entries: u32,
     pub answer_ping: bool,
     pub masquerade_all: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { snat_ports: (10_240, 29_999), flow_entries: 4096, answer_ping: false, masquerade_all: false }
+        Self {
+            snat_ports: (10_240, 29_999),
+            flow_entries: 4096,
+            service_entries: 64,
+            answer_ping: false,
+            masquerade_all: false,
+        }
     }
 }
 
@@ -106,9 +113,9 @@ impl Lab {
         for (map, entries) in [
             (name::FRONTENDS4, 1024),
             (name::FRONTENDS6, 1024),
-            (name::SERVICES, 64),
+            (name::SERVICES, options.service_entries),
             (name::SERVICE_NAMES, 64),
-            (name::SERVICE_STATS, 64),
+            (name::SERVICE_STATS, options.service_entries),
             (name::SLOTS, 4096),
             (name::BACKENDS4, 256),
             (name::BACKENDS6, 256),

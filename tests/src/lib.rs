@@ -4,6 +4,7 @@
 //! * [`cluster`] builds nodes, pods, a router and a client, in the shape that a CNI gives them;
 //! * [`agent`] runs `lb-agent` on a node;
 //! * [`traffic`] is what servers and clients do, each a process of its own (`netproc`) in its namespace and cgroup;
+//! * [`raw`] sends and shows what ordinary sockets do not: single packets, ICMP;
 //! * [`expect`] knows what each of them should have seen;
 //! * [`manifests`] are the objects that agents read;
 //! * [`rule`] is one rule of Service semantics at work: a fixture, and a table of what traffic gets;
@@ -19,6 +20,7 @@ pub mod manifests;
 pub mod netns;
 pub mod packets;
 pub mod place;
+pub mod raw;
 pub mod rule;
 pub mod shared;
 pub mod traffic;

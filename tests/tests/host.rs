@@ -4,7 +4,7 @@
 #[allow(dead_code, reason = "shared with datapath.rs, which uses all of it")]
 mod node;
 
-use std::fs;
+use std::{fs, io::Read as _};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::{
@@ -16,7 +16,10 @@ use node::{Elsewhere, on_a_node, run};
 
 fn sysctl(path: &str) -> Result<String> {
     let path = format!("/proc/sys/{path}");
-    Ok(fs::read_to_string(&path).context(path)?.trim().to_owned())
+    // By one call with a large buffer: of a list the kernel gives what fits, and no more after that.
+    let mut buffer = [0; 4096];
+    let length = fs::File::open(&path).and_then(|mut f| f.read(&mut buffer)).context(path)?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).trim().to_owned())
 }
 
 fn set(path: &str, value: &str) -> Result<()> {
@@ -134,7 +137,22 @@ fn overlapping_local_ports_are_reserved_beside_what_is() {
         let found = findings(&[], false);
         let [finding] = found.as_slice() else { anyhow::bail!("{found:?}") };
         assert_eq!((finding.kind, finding.fixed), (Kind::PortRange, true));
-        assert_eq!(sysctl("net/ipv4/ip_local_reserved_ports")?, "8080,9000-9010,15000-20000");
+        assert_eq!(sysctl("net/ipv4/ip_local_reserved_ports")?, "8080,9000-9010,15000-20000,30000-32767");
+        assert_eq!(findings(&[], false), []);
+        Ok(())
+    });
+}
+
+#[test]
+fn long_lists_of_reserved_ports_stay_whole() {
+    on_a_node(|_| {
+        orderly()?;
+        // Longer than the 32 bytes that a read of unknown size begins with.
+        let own = "101,103,105,107,109,111,113,115,117,119,121,123,125,127,129";
+        set("net/ipv4/ip_local_reserved_ports", own)?;
+        set("net/ipv4/ip_local_port_range", "15000 29000")?;
+        assert_eq!(findings(&[], false).len(), 1);
+        assert_eq!(sysctl("net/ipv4/ip_local_reserved_ports")?, format!("{own},15000-20000"));
         assert_eq!(findings(&[], false), []);
         Ok(())
     });
@@ -152,7 +170,7 @@ fn settings_that_cannot_be_written_come_with_the_command() {
         let [finding] = found.as_slice() else { anyhow::bail!("{found:?}") };
         ensure!(!finding.fixed);
         ensure!(
-            finding.remedy.starts_with("sysctl -w net.ipv4.ip_local_reserved_ports=15000-20000 "),
+            finding.remedy.starts_with("sysctl -w net.ipv4.ip_local_reserved_ports=15000-20000,30000-32767 "),
             "{finding}"
         );
         Ok(())

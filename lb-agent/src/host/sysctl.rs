@@ -1,6 +1,10 @@
 //! Kernel settings below /proc/sys. Those of the network are the ones of the calling thread's network namespace.
 
-use std::{fs, io, path::PathBuf};
+use std::{
+    fs::{self, File},
+    io::{self, Read as _},
+    path::PathBuf,
+};
 
 fn file(path: &str) -> PathBuf {
     PathBuf::from("/proc/sys").join(path)
@@ -13,6 +17,18 @@ fn with_path(path: &str) -> impl Fn(io::Error) -> io::Error + '_ {
 /// The value of a setting that must exist.
 pub fn read(path: &str) -> io::Result<String> {
     fs::read_to_string(file(path)).map(|value| value.trim().to_owned()).map_err(with_path(path))
+}
+
+/// The value of a list of ports.
+///
+/// By one call with a large buffer: the kernel gives what fits, and then says that this was all
+/// (`proc_do_large_bitmap`). `fs::read_to_string` starts with 32 bytes.
+pub fn read_ports(path: &str) -> io::Result<String> {
+    /// All 65,536 ports as numbers, with commas.
+    const LONGEST: usize = 65_536 * 6;
+    let mut buffer = vec![0; LONGEST];
+    let length = File::open(file(path)).and_then(|mut f| f.read(&mut buffer)).map_err(with_path(path))?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).trim().to_owned())
 }
 
 /// `None` where there is no such setting (a device that is gone, no IPv6).

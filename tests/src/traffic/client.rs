@@ -123,7 +123,12 @@ fn print<T: Serialize>(value: &T) -> anyhow::Result<()> {
 }
 
 pub fn calls(call: &Call, count: usize) -> anyhow::Result<()> {
-    (0..count).try_for_each(|_| print(&one(call)))
+    let mut call = call.clone();
+    for _ in 0..count {
+        print(&one(&call))?;
+        call = call.next();
+    }
+    Ok(())
 }
 
 /// Opens at the first question, and keeps an error of that for all of them.

@@ -1,6 +1,10 @@
 //! What a `netproc` process is told (one JSON argument) and what it prints (one JSON value a line).
 
-use std::{collections::BTreeMap, io, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -42,12 +46,14 @@ pub struct Call {
     pub to: SocketAddr,
     /// The client's own address and port (either may be unspecified); any if `None`.
     pub from: Option<SocketAddr>,
+    /// Of several calls each takes the next port after that of `from`, instead of the same one.
+    pub count_ports_up: bool,
     pub timeout_ms: u64,
 }
 
 impl Call {
     pub const fn new(proto: Proto, to: SocketAddr) -> Self {
-        Self { proto, to, from: None, timeout_ms: 3000 }
+        Self { proto, to, from: None, count_ports_up: false, timeout_ms: 3000 }
     }
 
     pub const fn tcp(to: SocketAddr) -> Self {
@@ -61,6 +67,26 @@ impl Call {
     #[must_use]
     pub const fn from(mut self, addr: SocketAddr) -> Self {
         self.from = Some(addr);
+        self
+    }
+
+    /// The first call from this port, each other from the next one.
+    #[must_use]
+    pub const fn from_ports(mut self, first: u16) -> Self {
+        let any = match self.to.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        self.from = Some(SocketAddr::new(any, first));
+        self.count_ports_up = true;
+        self
+    }
+
+    /// The call after this one.
+    pub fn next(mut self) -> Self {
+        if let (Some(from), true) = (&mut self.from, self.count_ports_up) {
+            from.set_port(from.port() + 1);
+        }
         self
     }
 
