@@ -10,6 +10,7 @@ use std::{
     io::{BufRead as _, BufReader, Lines, Write as _},
     net::{IpAddr, SocketAddr},
     process::{Child, ChildStdin, ChildStdout, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -100,10 +101,25 @@ impl Answers {
     }
 }
 
+/// Gives calls over UDP source ports that no call had before. Flows outlive their sockets: a socket that got the port of an
+/// earlier one by chance would be answered by that one's backend, whatever has changed since.
+fn with_own_ports(call: &Call, count: usize) -> Call {
+    /// The usual ephemeral range: above the ports of servers, NodePorts and translated flows.
+    const PORTS: std::ops::Range<u32> = 33_000..61_000;
+    static GIVEN: AtomicU32 = AtomicU32::new(0);
+    let Ok(count) = u32::try_from(count) else { return call.clone() };
+    if call.proto == Proto::Tcp || call.from.is_some() || count >= PORTS.end - PORTS.start {
+        return call.clone();
+    }
+    // Ports come again after 28,000 calls, a minute and more later.
+    let first = PORTS.start + GIVEN.fetch_add(count, Ordering::Relaxed) % (PORTS.end - PORTS.start - count);
+    call.clone().from_ports(first as u16)
+}
+
 impl Place {
     /// Makes `count` calls, one after the other, each with a socket of its own.
     pub fn calls(&self, call: &Call, count: usize) -> anyhow::Result<Answers> {
-        let mut process = Process::start(self, &Task::Calls { call: call.clone(), count })?;
+        let mut process = Process::start(self, &Task::Calls { call: with_own_ports(call, count), count })?;
         (0..count).map(|_| process.next()).collect::<Result<_, _>>().map(Answers)
     }
 
@@ -114,7 +130,7 @@ impl Place {
 
     /// Opens a connection (or UDP socket) that stays open between questions.
     pub fn session(&self, call: &Call) -> anyhow::Result<Session> {
-        Ok(Session { process: Process::start(self, &Task::Session(call.clone()))? })
+        Ok(Session { process: Process::start(self, &Task::Session(with_own_ports(call, 1)))? })
     }
 
     /// Starts making calls until told to stop; returns when the first is through.

@@ -35,7 +35,7 @@ use lb_agent::{
 use lb_common::{
     Be16, Be32, LAYOUT_VERSION, V4, V6, addr,
     affinity::MemberKey,
-    cidr::{self, ServiceCidr},
+    cidr::{self, ServiceCidr, ServiceCidrs},
     conntrack::{Flow, Timeouts, flags as flow_flags, tcp},
     device::Device,
     frontend::{FrontendValue, ServiceRecord, ServiceStats, SlotRange, flags},

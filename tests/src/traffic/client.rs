@@ -58,7 +58,13 @@ impl Connection {
         let socket = Socket::new(Domain::for_address(call.to), kind, None)?;
         if let Some(from) = call.from {
             socket.set_reuse_address(true)?;
-            socket.bind(&SockAddr::from(from))?;
+            match socket.bind(&SockAddr::from(from)) {
+                // Some other socket of the namespace was given this one: any will do.
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse && call.count_ports_up => {
+                    socket.bind(&SockAddr::from(SocketAddr::new(from.ip(), 0)))?;
+                }
+                bound => bound?,
+            }
         }
         let timeout = Duration::from_millis(call.timeout_ms);
         socket.set_read_timeout(Some(timeout))?;
