@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::SocketAddr, thread};
 use lb_tests::{
     cluster::{Cluster, Layout, Node, Options},
     manifests::{Service, nodes},
-    place::{Family, Pair, Place},
+    place::{Pair, Place},
     shared::{SOON, Shared},
     traffic::{Call, Outcome, Proto},
     wait_for,
@@ -184,9 +184,4 @@ pub fn settle(cluster: &Cluster) {
     (mark.node_port, mark.load_balancer) = (None, None);
     cluster.serve(&mark).expect("a Service can be served");
     cluster.manifests.remove(&mark.name).expect("a manifest can be removed");
-}
-
-/// A family's address is in brackets if it must be.
-pub const fn families() -> [Family; 2] {
-    Family::BOTH
 }
