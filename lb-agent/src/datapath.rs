@@ -35,6 +35,7 @@ use tracing::{info, warn};
 pub use cleanup::{Removed, cleanup};
 pub use devices::{Context, LinkFacts, Role, Rules, classify};
 pub use error::Error;
+pub use load::uninterrupted;
 pub use state_dir::{map_pin, program_pin};
 
 use crate::settings::{Settings, SocketLb, XdpSetting};

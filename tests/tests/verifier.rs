@@ -10,7 +10,7 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use aya_obj::{Object, generated::bpf_insn};
-use lb_agent::datapath::OBJECT;
+use lb_agent::datapath::{OBJECT, uninterrupted};
 use lb_common::{
     V4, V6,
     affinity::{AffinityKey, AffinityValue, MemberKey},
@@ -121,9 +121,9 @@ fn load(constants: Constants, entries: Option<u32>) -> Result<Ebpf> {
 /// Gives one program to the verifier.
 fn verify(ebpf: &mut Ebpf, name: &str) -> Result<()> {
     let loaded = match ebpf.program_mut(name).context("not in the object")? {
-        Program::SchedClassifier(p) => p.load(),
-        Program::Xdp(p) => p.load(),
-        Program::CgroupSockAddr(p) => p.load(),
+        Program::SchedClassifier(p) => uninterrupted(|| p.load()),
+        Program::Xdp(p) => uninterrupted(|| p.load()),
+        Program::CgroupSockAddr(p) => uninterrupted(|| p.load()),
         other => anyhow::bail!("unexpected type {:?}", other.prog_type()),
     };
     match loaded {

@@ -122,17 +122,33 @@ fn all_programs() -> impl Iterator<Item = &'static str> {
     [program::TC_INGRESS, program::TC_EGRESS, program::XDP, program::CLOCK].into_iter().chain(program::SOCKET)
 }
 
+/// How often a program is given to the verifier that was interrupted (bpf_check ends with EAGAIN when a signal or other
+/// work waits for the thread). libbpf tries as often.
+const LOAD_ATTEMPTS: usize = 5;
+
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<OwnedFd, Error> {
     let program = ebpf.program_mut(name).ok_or(Error::MissingProgram(name))?;
-    let loaded = match program {
+    uninterrupted(|| match program {
         Program::SchedClassifier(p) => p.load(),
         Program::Xdp(p) => p.load(),
         Program::CgroupSockAddr(p) => p.load(),
-        _ => return Err(Error::MissingProgram(name)),
-    };
-    loaded.map_err(|e| refused(name, e))?;
+        _ => Err(ProgramError::UnexpectedProgramType),
+    })
+    .map_err(|e| refused(name, e))?;
     let fd = program.fd().map_err(|e| refused(name, e))?;
     fd.as_fd().try_clone_to_owned().map_err(|e| refused(name, e.into()))
+}
+
+/// Loads a program, again if the verifier was only interrupted.
+pub fn uninterrupted(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            done => return done,
+        }
+    }
+    load()
 }
 
 fn refused(program: &'static str, error: ProgramError) -> Error {
