@@ -239,6 +239,9 @@ impl Planner {
             self.no_local.update(key, service, &wanted);
             self.plan_service(key, wanted, &mut draft);
         }
+        self.addresses.set_own(&node.own_addresses, |ip| {
+            model.service_cidrs().chain(&node.service_cidrs).any(|net| net.contains(ip))
+        });
         self.frontends.finish(rank(&self.records), &mut self.addresses, &mut self.room, &mut draft);
         self.addresses.finish(&mut self.room, !self.held.is_empty(), &mut draft);
         self.reject_unknown_addresses(&work, &mut draft);

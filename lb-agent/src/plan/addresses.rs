@@ -1,6 +1,9 @@
 //! Addresses as a whole: what each one is, whatever the port (rule C7, echo requests). Every address that has a frontend
 //! has one entry beside them, in the same maps, and so has every ClusterIP without one: of a Service that has no ports,
 //! whose ports do not fit, or that another proxy serves.
+//!
+//! An address that the node has itself is the node's, whatever Services say: its own stack answers echo requests and refuses
+//! what nobody listens at (NodeLocal DNSCache has the ClusterIP of kube-dns, some load balancers the node's address).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,8 +36,9 @@ struct Entry {
 }
 
 impl Entry {
-    fn kind(&self) -> Option<u32> {
-        PRECEDENCE.into_iter().zip(self.claims).find(|(_, claims)| *claims > 0).map(|(kind, _)| kind)
+    fn kind(&self, is_own: bool) -> Option<u32> {
+        let first = PRECEDENCE.into_iter().zip(self.claims).find(|(_, claims)| *claims > 0);
+        first.map(|(kind, _)| if is_own { flags::KIND_NODE_PORT } else { kind })
     }
 
     fn put(&mut self, addr: IpAddr, kind: u32, draft: &mut Draft) {
@@ -54,6 +58,10 @@ pub(super) struct Addresses {
     entries: BTreeMap<IpAddr, Entry>,
     /// Those whose claims may have changed since the last plan was finished.
     touched: BTreeSet<IpAddr>,
+    /// The node's own.
+    own: BTreeSet<IpAddr>,
+    /// Those of them that are claimed for the node: they could be taken for unassigned ones.
+    claimed_for_node: BTreeSet<IpAddr>,
     /// Those that are ClusterIPs here: their smallest and largest ones span the prefix around all of them.
     cluster_ips: BTreeSet<IpAddr>,
 }
@@ -87,10 +95,27 @@ impl Addresses {
         for claims in claims_of(&mut entry.claims, kind) {
             *claims = claims.saturating_sub(1);
         }
-        if kind == flags::KIND_CLUSTER_IP && entry.kind() != Some(kind) {
+        if kind == flags::KIND_CLUSTER_IP && entry.kind(false) != Some(kind) {
             self.cluster_ips.remove(&addr);
         }
         self.touched.insert(addr);
+    }
+
+    /// The node has these addresses now; `in_cidr`: they lie in a known ServiceCIDR.
+    pub(super) fn set_own(&mut self, own: &BTreeSet<IpAddr>, in_cidr: impl Fn(&IpAddr) -> bool) {
+        let claimed: BTreeSet<IpAddr> = own.iter().copied().filter(in_cidr).collect();
+        for addr in claimed.difference(&self.claimed_for_node.clone()) {
+            self.claim(*addr, flags::KIND_NODE_PORT);
+        }
+        for addr in self.claimed_for_node.clone().difference(&claimed) {
+            self.withdraw(*addr, flags::KIND_NODE_PORT);
+        }
+        self.claimed_for_node = claimed;
+        if self.own != *own {
+            let changed = self.own.symmetric_difference(own);
+            self.touched.extend(changed.filter(|addr| self.entries.contains_key(addr)));
+            self.own.clone_from(own);
+        }
     }
 
     /// Has [`Self::finish`] look at an address: it may not have fitted before.
@@ -114,8 +139,9 @@ impl Addresses {
         if self.is_known(addr) {
             return room.take(family, 1);
         }
+        let is_own = self.own.contains(&addr);
         let Some(entry) = self.entries.get_mut(&addr) else { return false };
-        let Some(kind) = entry.kind().filter(|_| room.take(family, 2)) else { return false };
+        let Some(kind) = entry.kind(is_own).filter(|_| room.take(family, 2)) else { return false };
         entry.put(addr, kind, draft);
         true
     }
@@ -126,7 +152,7 @@ impl Addresses {
         for addr in std::mem::take(&mut self.touched) {
             let Some(entry) = self.entries.get_mut(&addr) else { continue };
             let family = Family::of(addr);
-            match (entry.kind(), entry.kernel) {
+            match (entry.kind(self.own.contains(&addr)), entry.kernel) {
                 (Some(kind), Some(kernel)) if kernel == value(kind) => {}
                 (Some(kind), Some(_)) => entry.put(addr, kind, draft),
                 (Some(kind), None) if room.take(family, 1) => entry.put(addr, kind, draft),
@@ -207,6 +233,38 @@ mod tests {
         assert_eq!(four(&["1.0.0.0", "255.0.0.0"]).as_deref(), Some("0.0.0.0/0"));
         let six = cluster_ips(&["10.96.0.1", "2001:db8::1", "2001:db8::8000"]);
         assert_eq!(six.around_cluster_ips(Family::V6).unwrap().to_string(), "2001:db8::/112");
+    }
+
+    #[test]
+    fn c7_what_the_node_has_itself_is_the_nodes() {
+        let [dns, free, uplink]: [IpAddr; 3] =
+            ["10.96.0.10", "10.96.0.11", "192.0.2.1"].map(|ip| ip.parse().unwrap());
+        let mut addresses = cluster_ips(&["10.96.0.10"]);
+        let mut room = Room::new(10);
+        let mut plan = |addresses: &mut Addresses| {
+            let mut draft = Draft::default();
+            addresses.finish(&mut room, false, &mut draft);
+            draft.into_ops()
+        };
+        let put = |addr, kind| MapOp::PutAddress { addr, kind };
+        assert_eq!(plan(&mut addresses), [put(dns, flags::KIND_CLUSTER_IP)]);
+        let in_cidr = |ip: &IpAddr| ip.to_string().starts_with("10.96.");
+        addresses.set_own(&[dns, free, uplink].into(), in_cidr);
+        let node = flags::KIND_NODE_PORT;
+        assert_eq!(plan(&mut addresses), [put(dns, node), put(free, node)]);
+        assert_eq!(addresses.around_cluster_ips(Family::V4).unwrap().to_string(), "10.96.0.10/32");
+        addresses.claim(uplink, flags::KIND_LOAD_BALANCER);
+        assert_eq!(plan(&mut addresses), [put(uplink, node)]);
+        addresses.set_own(&BTreeSet::new(), in_cidr);
+        let ops = plan(&mut addresses);
+        assert_eq!(
+            ops,
+            [
+                put(dns, flags::KIND_CLUSTER_IP),
+                put(uplink, flags::KIND_LOAD_BALANCER),
+                MapOp::DeleteAddress { addr: free }
+            ]
+        );
     }
 
     #[test]

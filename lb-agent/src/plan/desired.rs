@@ -73,8 +73,6 @@ pub struct Desired {
 }
 
 /// One Service port in one family.
-///
-/// Protocols that the data path does not translate yet (SCTP) are planned like the others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredRecord {
     /// `namespace/name:port/TCP/v4`; without `:port` if the port has no name. Unique, and what finds the record again

@@ -109,7 +109,7 @@ fn c7_the_strongest_kind_of_an_address_counts() {
     let lb = Service { load_balancer_ips: vec![ip("10.96.0.1"), ip("192.0.2.1")], ..external_local() };
     let world = with(lb, &[ready("10.0.0.1")]);
     assert_eq!(world.kernel.addresses[&ip("10.96.0.1")], flags::KIND_CLUSTER_IP);
-    assert_eq!(world.kernel.addresses[&ip("192.0.2.1")], flags::KIND_LOAD_BALANCER, "and a node's");
+    assert_eq!(world.kernel.addresses[&ip("192.0.2.1")], flags::KIND_NODE_PORT, "the node has it itself");
     assert_eq!(world.kernel.addresses[&ip("192.0.2.2")], flags::KIND_NODE_PORT);
     assert_eq!(world.kernel.addresses[&ip("203.0.113.1")], flags::KIND_EXTERNAL_IP);
 }

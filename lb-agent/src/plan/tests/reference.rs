@@ -179,6 +179,13 @@ pub fn addresses(model: &Model, node: &NodeView) -> BTreeMap<IpAddr, u32> {
             kinds.entry(*ip).or_insert(kind);
         }
     }
+    // What the node has itself is the node's.
+    let cidrs: Vec<_> = model.service_cidrs().chain(&node.service_cidrs).collect();
+    for ip in &node.own_addresses {
+        if kinds.contains_key(ip) || cidrs.iter().any(|net| net.contains(ip)) {
+            kinds.insert(*ip, flags::KIND_NODE_PORT);
+        }
+    }
     kinds
 }
 
