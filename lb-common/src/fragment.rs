@@ -55,6 +55,9 @@ pub const HELD_PER_DATAGRAM: u32 = 16;
 /// Longest frame that is held: an Ethernet header, and a little more than Ethernet's MTU.
 pub const HELD_FRAME_BYTES: usize = 1536;
 
+/// Longest first fragment that others can wait for: 9216 bytes is what jumbo frames have at most.
+pub const OWN_FRAME_BYTES: usize = 9216 + 64;
+
 /// Value of `HELD4` and `HELD6`: the whole frame.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,9 +67,11 @@ pub struct HeldFrame {
     pub bytes: u32,
     /// Kernel jiffies (low 32 bits) when it came.
     pub seen: u32,
+    /// The device that it came by.
+    pub ifindex: u32,
 }
 
-map_type!(HeldFrame, size = HELD_FRAME_BYTES + 8);
+map_type!(HeldFrame, size = HELD_FRAME_BYTES + 12);
 
 /// Identification fields come back (RFC 4963): fragments that are further apart than this are not of one datagram. The
 /// kernel itself waits 30 seconds (net.ipv4.ipfrag_time); fragments that were sent together arrive together.

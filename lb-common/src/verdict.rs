@@ -49,7 +49,7 @@ counters! {
     DropSnatExhausted = 6, "drop_snat_exhausted";
     /// Dropped: the flow table is full.
     DropFlowTableFull = 7, "drop_flow_table_full";
-    /// Dropped: in transit, and the device it would leave by has no address of the family.
+    /// Dropped: in transit, and neither the device that it would leave by nor the node has an address of the family.
     DropNoSnatAddress = 8, "drop_no_snat_address";
     /// Dropped: in transit, and the kernel has no route or does not forward.
     DropNoRoute = 9, "drop_no_route";

@@ -23,7 +23,8 @@ pub fn on_request<A: Family>(skb: Skb, p: &Packet<A>) -> i32 {
 #[inline(always)]
 fn request<A: Family>(skb: Skb, p: &Packet<A>) -> Outcome {
     let entry = A::frontend(&p.address_key());
-    if lookup::origin(p).is_none() {
+    let range = p.tuple.dst.service_cidr();
+    if entry.is_none() && range == 0 || lookup::origin(p).is_none() {
         return Ok(NEXT);
     }
     if globals::answer_ping()
@@ -36,7 +37,6 @@ fn request<A: Family>(skb: Skb, p: &Packet<A>) -> Outcome {
         metrics::count(Counter::EchoAnswered);
         return tc::back_out(skb);
     }
-    let range = p.tuple.dst.service_cidr();
     match select::unlisted(entry, range) {
         Unlisted::Reject if range != 0 => {
             metrics::count(Counter::RejectUnlistedPort);

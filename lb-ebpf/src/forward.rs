@@ -64,17 +64,21 @@ pub fn route<A: Net>(ctx: *mut c_void, p: &Packet<A>, src: &A, dst: &A, ip_bytes
 
 /// The address of this node that a packet to `dst` leaves under: that of the device the route names, or the node's own.
 #[inline(always)]
-pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A) -> Result<A, Counter> {
+pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A, is_local: bool) -> Result<A, Counter> {
     let Some(Scratch { fib, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
     let code = route(ctx, p, &p.tuple.src, &dst, 0, fib);
     // A packet that is too big for the link gets its flow too: whoever forwards it tells the sender.
     if !matches!(code, result::SUCCESS | result::NO_NEIGH | result::FRAG_NEEDED) {
         return Err(Counter::DropNoRoute);
     }
-    // SAFETY: each is read at once.
-    let of_device = unsafe { maps::DEVICES.get(fib.ifindex) }.filter(|d| A::snat_addr(d).is_some());
-    // Devices without an address of their own (unnumbered uplinks, those towards pods) lend the node's.
-    // SAFETY: as above.
-    let device = of_device.or_else(|| unsafe { maps::DEVICES.get(device::ANY) });
-    device.and_then(A::snat_addr).ok_or(Counter::DropNoSnatAddress)
+    // SAFETY: copied at once.
+    let device = match unsafe { maps::DEVICES.get(fib.ifindex).copied() } {
+        Some(device) if A::snat_addr(&device).is_some() => Some(device),
+        // Overlays without Ethernet headers carry no programs: what came back by one would end in the node's own stack.
+        None if !is_local => None,
+        // Devices without an address of their own (unnumbered uplinks, those towards pods) lend the node's.
+        // SAFETY: as above.
+        _ => unsafe { maps::DEVICES.get(device::ANY).copied() },
+    };
+    device.as_ref().and_then(A::snat_addr).ok_or(Counter::DropNoSnatAddress)
 }

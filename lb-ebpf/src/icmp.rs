@@ -444,8 +444,18 @@ fn build<A: Family>(skb: Skb, p: &Packet<A>, error: Error) -> Result<(), Failed>
 #[inline(always)]
 fn seal_transport<A: Family>(skb: Skb, p: &Packet<A>) -> Result<(Sum, u32), Failed> {
     let mut sum = Sum::new();
+    if p.tuple.proto == proto::SCTP
+        && let Some(words) = skb.load::<[u32; 5]>(p.l4)
+    {
+        // Up to the initiate tag of an INIT: without it the sender must not believe the error (RFC 9260 section 10, ICMP6). If
+        // the checksum is left to a device, it is to the pod's own one, which leaves it alone on the way back.
+        for word in words {
+            sum = sum.add32(word);
+        }
+        return Ok((sum, 20));
+    }
     if p.tuple.proto != proto::TCP && p.tuple.proto != proto::UDP {
-        // SCTP and echo requests: no checksum among the first 8 bytes, or one that no device completes.
+        // Echo requests: no device completes their checksum.
         let words = skb.load::<[u32; 2]>(p.l4).ok_or(Failed)?;
         return Ok((sum.add32(words[0]).add32(words[1]), 8));
     }

@@ -180,7 +180,13 @@ fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) ->
         // The pod would drop a packet from itself; the frontend's address brings the answer back here.
         (p.tuple.dst, flags::HAIRPIN)
     } else if origin == Origin::External && !picked.backend.is_local() || masquerades(frontend) {
-        (forward::snat_addr(ctx, p, picked.backend.addr).map_err(Refusal::Drop)?, flags::TRANSIT)
+        match forward::snat_addr(ctx, p, picked.backend.addr, picked.backend.is_local()) {
+            Ok(addr) => (addr, flags::TRANSIT),
+            // A backend in the node's own network, reached under --masquerade-all: delivered here, so not routed. The stack
+            // takes no packets from its own addresses, and kube-proxy masquerades only what leaves (POSTROUTING).
+            Err(Counter::DropNoRoute) if picked.backend.is_local() => (p.tuple.src, 0),
+            Err(reason) => return Err(Refusal::Drop(reason)),
+        }
     } else {
         (p.tuple.src, 0)
     };

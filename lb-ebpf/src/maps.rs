@@ -12,7 +12,7 @@ use lb_common::{
     cidr::ServiceCidrs,
     conntrack::Flow,
     device::Device,
-    fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey},
+    fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey, OWN_FRAME_BYTES},
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord, ServiceStats},
     maps::{Clock, capacity},
     socket::{SocketKey, SocketOrigin},
@@ -79,6 +79,9 @@ pub static HELD6: LruHashMap<HeldKey<V6>, HeldFrame, { capacity::HELD as usize }
 /// A fragment on its way to `HELD4` or `HELD6` and back.
 #[btf_map]
 pub static HELD_SCRATCH: PerCpuArray<HeldFrame, 1> = PerCpuArray::new();
+/// A first fragment while it stands in for those that waited for it.
+#[btf_map]
+pub static OWN_SCRATCH: PerCpuArray<[u8; OWN_FRAME_BYTES], 1> = PerCpuArray::new();
 #[btf_map]
 pub static SERVICE_CIDRS4: Array<ServiceCidrs<V4>, 1, MMAP> = Array::new();
 #[btf_map]

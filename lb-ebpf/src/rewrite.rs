@@ -97,8 +97,7 @@ pub fn rewrite<A: Header>(skb: Skb, p: &Packet<A>, new: &Tuple<A>, ttl: u8) -> R
 /// Offset of the checksum in an SCTP header.
 const SCTP_CHECK: u32 = 8;
 
-/// The checksum of SCTP (RFC 9260 section 6.8) covers the whole packet but no addresses. Where it is left to the device
-/// (CHECKSUM_PARTIAL) the field means nothing yet, and this does no harm.
+/// The checksum of SCTP (RFC 9260 section 6.8) covers the whole packet but no addresses.
 #[inline(always)]
 fn rewrite_sctp<A: Net>(skb: Skb, p: &Packet<A>, new: &Tuple<A>) -> Result<(), Failed> {
     let old = &p.tuple;
@@ -117,6 +116,10 @@ fn rewrite_sctp<A: Net>(skb: Skb, p: &Packet<A>, new: &Tuple<A>) -> Result<(), F
 #[inline(never)]
 fn store_sctp(skb: Skb, l4: u32, bytes: u32, old: u32, new: u32) -> Result<(), Failed> {
     let check = skb.load::<u32>(l4 + SCTP_CHECK).ok_or(Failed)?;
-    skb.store(l4 + SCTP_CHECK, &crc32c::update(check, old, new, bytes))?;
+    // Left to the device (CHECKSUM_PARTIAL) by a local stack, which puts 0 there: whoever completes the sum takes it over the
+    // field as it is, so it must stay 0. Of finished sums, one in 2^32 is 0 too.
+    if check != 0 {
+        skb.store(l4 + SCTP_CHECK, &crc32c::update(check, old, new, bytes))?;
+    }
     skb.store(l4, &new)
 }

@@ -106,8 +106,14 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
     }
     match lookup::ingress(skb.ctx(), p, Hook::Classifier) {
         Found::Nothing => Ok(NEXT),
-        // SAFETY: see `Found::Flow`.
-        Found::Flow(flow) => send_on(skb, p, unsafe { &*flow }),
+        Found::Flow(flow) => {
+            if p.is_first_fragment() {
+                // Of a flow, whatever address it is to: an answer may come by another device than the request left by.
+                fragments::note(p);
+            }
+            // SAFETY: see `Found::Flow`.
+            send_on(skb, p, unsafe { &*flow })
+        }
         Found::Refused(Refusal::Drop(reason)) => Err(reason),
         Found::Refused(Refusal::NotOurs) => Ok(NEXT),
         Found::Refused(refusal @ (Refusal::Reject | Refusal::RejectUnlisted)) => {

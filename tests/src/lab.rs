@@ -15,6 +15,7 @@ use aya::{
     },
     programs::{SchedClassifier, TestRun, TestRunOptions, Xdp},
 };
+use lb_agent::datapath::uninterrupted;
 use lb_common::{
     Addr, Be16, Be32, V4, V6,
     addr::v6,
@@ -133,10 +134,10 @@ impl Lab {
         let mut ebpf = loader.load(lb_agent::datapath::OBJECT)?;
         for name in [program::TC_INGRESS, program::TC_EGRESS] {
             let p: &mut SchedClassifier = ebpf.program_mut(name).context("no such program")?.try_into()?;
-            p.load().with_context(|| format!("load {name}"))?;
+            uninterrupted(|| p.load()).with_context(|| format!("load {name}"))?;
         }
         let p: &mut Xdp = ebpf.program_mut(program::XDP).context("no such program")?.try_into()?;
-        p.load().with_context(|| format!("load {}", program::XDP))?;
+        uninterrupted(|| p.load()).with_context(|| format!("load {}", program::XDP))?;
         Ok(Self { ebpf, pod: Dev { ifindex: 1 }, next_slot: 0, next_service: 1, next_backend: 1 })
     }
 

@@ -399,3 +399,130 @@ fn a_syn_on_the_tuple_of_answers_is_no_packet_of_their_flow() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn d2_masquerade_all_leaves_what_is_for_the_node_itself() -> Result<()> {
+    let mut lab = Lab::with(Options { masquerade_all: true, ..Options::default() })?;
+    let ext = external(&mut lab)?;
+    let node = lab.device(ext)?;
+    lab.set_device(lab_any(), lb_common::device::Device { flags: 0, mac: [0; 6], ..node })?;
+    for n in nets() {
+        // A pod with hostNetwork, such as the API server behind default/kubernetes.
+        let id = lab.backend((n.node, 6443), true)?;
+        let service = lab.service(&[id], &[id])?;
+        lab.frontend((n.vip, 443), proto::TCP, service, flags::KIND_CLUSTER_IP)?;
+        let sent = tcp(SYN, (n.pod, 40_000), (n.vip, 443));
+        let (action, out) = lab.run(Hook::Ingress, lab.pod, &sent.bytes())?;
+        assert_eq!(action, Action::Pass, "{:?}", lab.counters()?);
+        assert_frame("to the node", &out, &sent.between((n.pod, 40_000), (n.node, 6443)).bytes());
+    }
+    Ok(())
+}
+
+#[test]
+fn sctp_checksums_that_are_left_to_the_device_stay_zero() -> Result<()> {
+    let mut lab = Lab::new()?;
+    for n in nets() {
+        let id = lab.backend((n.remote_pod, 8080), false)?;
+        let service = lab.service(&[id], &[])?;
+        lab.frontend((n.vip, 80), proto::SCTP, service, flags::KIND_CLUSTER_IP)?;
+        let l4 = if n.vip.is_ipv6() { 54 } else { 34 };
+        let unfinished = |frame: &Frame| {
+            let mut bytes = frame.bytes();
+            bytes[l4 + 8..l4 + 12].fill(0);
+            bytes
+        };
+        let sent = Frame::new(L4::Sctp(1), (n.pod, 5000), (n.vip, 80));
+        let (action, out) = lab.run(Hook::Ingress, lab.pod, &unfinished(&sent))?;
+        assert_eq!(action, Action::Pass);
+        assert_frame("request", &out, &unfinished(&sent.between((n.pod, 5000), (n.remote_pod, 8080))));
+    }
+    Ok(())
+}
+
+#[test]
+fn fragments_wait_for_first_ones_of_any_length() -> Result<()> {
+    let mut lab = Lab::new()?;
+    for n in nets() {
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        lab.address(n.vip, flags::KIND_CLUSTER_IP)?;
+        let part = |offset, more| {
+            udp((n.pod, 40_000), (n.vip, 80)).with(|f| f.fragment = Some(Fragment { id: 7, offset, more }))
+        };
+        assert_eq!(lab.run(Hook::Ingress, lab.pod, &part(16, false).bytes())?.0, Action::Drop, "held");
+        let mut first = part(0, true).bytes();
+        first.resize(2000, 0);
+        let (action, out) = lab.run(Hook::Ingress, lab.pod, &first)?;
+        assert_eq!((action, out.len()), (Action::Pass, first.len()));
+    }
+    let counters = lab.counters()?;
+    assert!(counters.contains(&("fragment_released", 2)), "{counters:?}");
+    Ok(())
+}
+
+#[test]
+fn fragments_of_answers_are_known_whatever_device_they_come_by() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ext = external(&mut lab)?;
+    let other = lab.external("ext1", &["203.0.113.1/24", "2001:db8:1::1/64"])?;
+    for n in nets() {
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        lab.address(n.vip, flags::KIND_CLUSTER_IP)?;
+        let sent = udp((n.client, 40_000), (n.vip, 80));
+        let (action, out) = lab.run(Hook::Ingress, ext, &sent.bytes())?;
+        assert_eq!(action, Action::Redirect);
+        let l4 = if n.vip.is_ipv6() { 54 } else { 34 };
+        let port = u16::from_be_bytes([out[l4], out[l4 + 1]]);
+        let part = |offset, more| {
+            udp((n.remote_pod, 8080), (n.node, port))
+                .with(|f| f.fragment = Some(Fragment { id: 9, offset, more }))
+        };
+        for frame in [part(0, true), part(16, false)] {
+            assert_eq!(lab.run(Hook::Ingress, other, &frame.bytes())?.0, Action::Redirect, "{frame:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn c1_sctp_clients_are_told_with_their_initiate_tag() -> Result<()> {
+    let mut lab = Lab::new()?;
+    for n in nets() {
+        let service = lab.service(&[], &[])?;
+        lab.frontend((n.vip, 80), proto::SCTP, service, flags::KIND_CLUSTER_IP)?;
+        let sent = Frame::new(L4::Sctp(1), (n.pod, 5000), (n.vip, 80)).with(|f| f.payload = vec![1; 20]);
+        let (action, out) = lab.run(Hook::Ingress, lab.pod, &sent.bytes())?;
+        assert_eq!(action, Action::Redirect);
+        assert!(
+            out.len()
+                >= sent.ip_bytes().len().min(if n.vip.is_ipv6() { 40 } else { 20 } + 20)
+                    + 14
+                    + if n.vip.is_ipv6() { 48 } else { 28 },
+            "RFC 9260 section 10: ICMP6 needs the initiate tag; got {}",
+            out.len()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn transit_lends_no_address_to_devices_whose_answers_nobody_sees() -> Result<()> {
+    let mut lab = Lab::new()?;
+    let ext = external(&mut lab)?;
+    let node = lab.device(ext)?;
+    lab.set_device(lab_any(), lb_common::device::Device { flags: 0, mac: [0; 6], ..node })?;
+    // Stands for WireGuard or ipip: a device without programs.
+    lb_tests::lab::ip("link add wg0 type veth peer name wg0p")?;
+    for dev in ["wg0", "wg0p"] {
+        lb_tests::lab::ip(&format!("link set {dev} up"))?;
+    }
+    for (n, net) in nets().into_iter().zip(["10.244.3.0/24", "fd00:244:3::/64"]) {
+        lb_tests::lab::ip(&format!("route add {net} dev wg0"))?;
+        let remote = if n.vip.is_ipv6() { "fd00:244:3::9" } else { "10.244.3.9" }.parse()?;
+        one_backend(&mut lab, n, (remote, 8080), false)?;
+        let sent = tcp(SYN, (n.client, 40_000), (n.vip, 80));
+        assert_eq!(lab.run(Hook::Ingress, ext, &sent.bytes())?.0, Action::Drop);
+    }
+    assert_eq!(lab.counters()?, [("drop_no_snat_address", 2)]);
+    Ok(())
+}
