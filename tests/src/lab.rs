@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd as _, OwnedFd},
     process::Command,
 };
 
@@ -74,11 +75,19 @@ pub struct Options {
     pub flow_entries: u32,
     pub answer_ping: bool,
     pub masquerade_all: bool,
+    /// All maps as large as the agent makes them by default.
+    pub default_sizes: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { snat_ports: (10_240, 29_999), flow_entries: 4096, answer_ping: false, masquerade_all: false }
+        Self {
+            snat_ports: (10_240, 29_999),
+            flow_entries: 4096,
+            answer_ping: false,
+            masquerade_all: false,
+            default_sizes: false,
+        }
     }
 }
 
@@ -121,7 +130,9 @@ impl Lab {
             (name::HELD4, 64),
             (name::HELD6, 64),
         ] {
-            loader.map_max_entries(map, entries);
+            if !options.default_sizes {
+                loader.map_max_entries(map, entries);
+            }
         }
         let mut ebpf = loader.load(lb_agent::datapath::OBJECT)?;
         for name in [program::TC_INGRESS, program::TC_EGRESS] {
@@ -341,6 +352,17 @@ impl Lab {
         };
         out.truncate(result.data_size_out as usize);
         Ok((action, out))
+    }
+
+    /// A descriptor of the program at a hook, for what runs it in another way.
+    pub fn program_fd(&self, hook: Hook) -> Result<OwnedFd> {
+        let name = match hook {
+            Hook::Ingress => program::TC_INGRESS,
+            Hook::Egress => program::TC_EGRESS,
+            Hook::Xdp => program::XDP,
+        };
+        let fd = self.ebpf.program(name).context("no such program")?.fd()?;
+        Ok(fd.as_fd().try_clone_to_owned()?)
     }
 
     /// What the data path knows about a device.

@@ -6,9 +6,11 @@
 //! * [`traffic`] is what servers and clients do, each a process of its own (`netproc`) in its namespace and cgroup;
 //! * [`expect`] knows what each of them should have seen;
 //! * [`manifests`] are the objects that agents read;
+//! * [`bench`] is what `cargo xtask bench` measures;
 //! * [`janitor`] takes everything down again, whatever becomes of the process that made it.
 
 pub mod agent;
+pub mod bench;
 pub mod cluster;
 pub mod expect;
 pub mod frame;
