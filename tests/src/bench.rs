@@ -2,7 +2,7 @@
 //!
 //! * [`packet`] (P1) and [`scale`] (P6): programs run by BPF_PROG_TEST_RUN, on frames that a [`feeder`](insn::feeder)
 //!   makes, interleaved with programs that do nothing ([`measure`]);
-//! * [`size`] (D1): what does not depend on the machine;
+//! * [`size`] and [`paths`] (D1): what does not depend on the machine;
 //! * [`report`] and [`chart`]: what is said of it.
 //!
 //! Nothing here judges a time in a test: tests run all of it in a small form and look at what was measured, not how fast
@@ -14,6 +14,7 @@ pub mod insn;
 pub mod machine;
 pub mod measure;
 pub mod packet;
+pub mod paths;
 pub mod report;
 pub mod scale;
 pub mod size;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{
-        Array, HashMap, MapData, PerCpuArray,
+        Array, HashMap, Map, MapData, PerCpuArray,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{SchedClassifier, TestRun, TestRunOptions, Xdp},
@@ -363,6 +363,24 @@ impl Lab {
         };
         let fd = self.ebpf.program(name).context("no such program")?.fd()?;
         Ok(fd.as_fd().try_clone_to_owned()?)
+    }
+
+    /// A descriptor of each map, for programs that are loaded in another way.
+    pub fn map_fds(&self) -> Result<Vec<(String, OwnedFd)>> {
+        let fd_of = |(name, map): (&str, &Map)| {
+            let (Map::Array(data)
+            | Map::HashMap(data)
+            | Map::LruHashMap(data)
+            | Map::LpmTrie(data)
+            | Map::PerCpuArray(data)
+            | Map::PerfEventArray(data)
+            | Map::RingBuf(data)) = map
+            else {
+                anyhow::bail!("{name} is of no kind known here")
+            };
+            Ok((name.to_owned(), data.fd().as_fd().try_clone_to_owned()?))
+        };
+        self.ebpf.maps().map(fd_of).collect()
     }
 
     /// What the data path knows about a device.

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
-use lb_tests::bench::{self, Effort, Part, report};
+use lb_tests::bench::{self, Effort, Part, report, size};
 
 /// Of the issue that asks for the suite: what a run does not measure, it says.
 const ITEMS: [&str; 19] = [
@@ -44,5 +44,15 @@ fn what_a_run_leaves_out_is_said() -> Result<()> {
     let said = |id: &str| rows.iter().find(|r| r.id == id).map(|r| r.note.as_str());
     assert_eq!(said("P1"), Some("not asked for in this run"));
     assert_eq!(said("P2"), Some("not measured yet"));
+    Ok(())
+}
+
+/// D1. A growth that is meant is recorded, with its reason: `cargo xtask bench size --record "why"`.
+#[test]
+fn programs_and_paths_have_not_grown_without_a_reason() -> Result<()> {
+    let (was, now) = (size::recorded()?, size::measure()?);
+    ensure!(!was.reasons.is_empty(), "the record has no reason");
+    let grown = was.grown(&now);
+    ensure!(grown.is_empty(), "grown by over 5 % against docs/size.json:\n{}", grown.join("\n"));
     Ok(())
 }

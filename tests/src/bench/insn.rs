@@ -2,7 +2,10 @@
 //! instruction-set.rst), and those programs: the baselines, which do nothing, and the feeder, which gives a program a
 //! fresh frame before each of its runs.
 
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsRawFd as _, BorrowedFd},
+};
 
 use super::sys::ProgType;
 
@@ -59,7 +62,7 @@ impl Insn {
         Self::new(0x3d, dst, src, offset, 0)
     }
     pub const fn call(helper: i32) -> Self {
-        Self::new(0x85, 0, 0, 0, helper)
+        Self::new(CALL, 0, 0, 0, helper)
     }
     pub const fn exit() -> Self {
         Self::new(0x95, 0, 0, 0, 0)
@@ -67,6 +70,25 @@ impl Insn {
     /// The descriptor of a map (BPF_PSEUDO_MAP_FD).
     fn map(dst: u8, map: BorrowedFd) -> [Self; 2] {
         [Self::new(0x18, dst, 1, 0, map.as_raw_fd()), Self::new(0, 0, 0, 0, 0)]
+    }
+    /// A call of a helper of the kernel: which one.
+    pub const fn helper(&self) -> Option<i32> {
+        match (self.code, self.registers >> 4) {
+            (CALL, 0) => Some(self.imm),
+            _ => None,
+        }
+    }
+    /// True for the first half of an instruction that takes two places.
+    pub const fn is_double(&self) -> bool {
+        self.code == 0x18
+    }
+    /// A call of the function that begins `distance` instructions after the next one (BPF_PSEUDO_CALL).
+    pub const fn call_near(distance: i32) -> Self {
+        Self::new(CALL, 0, 1, 0, distance)
+    }
+    /// Adds a register to a u64 in memory, at once.
+    const fn atomic_add(dst: u8, src: u8, offset: i16) -> Self {
+        Self::new(0xdb, dst, src, offset, 0)
     }
     /// The address of the first value of an array (BPF_PSEUDO_MAP_VALUE).
     fn map_value(dst: u8, map: BorrowedFd) -> [Self; 2] {
@@ -86,6 +108,7 @@ pub enum Size {
 /// Code that a feeder returns when it could not hand its frame on.
 pub const NOT_RUN: i32 = 255;
 
+const CALL: u8 = 0x85;
 const TAIL_CALL: i32 = 12;
 
 /// What lets a frame through: XDP_PASS, TCX_NEXT.
@@ -198,5 +221,56 @@ fn restore(offset: usize, bytes: &[u8]) -> Vec<Insn> {
         }
         // An odd byte at the end is payload.
         _ => Vec::new(),
+    }
+}
+
+/// Highest number of a helper that [`counted`] has room for.
+pub const HELPERS: usize = 256;
+
+/// `code` with every call of a helper counted: it goes through a function that adds one to the helper's u64 in the value of
+/// the array `counters`, and then does the call. Arguments and stack of the caller stay as they are.
+pub fn counted(code: &[Insn], counters: BorrowedFd) -> Vec<Insn> {
+    let mut out = code.to_vec();
+    let mut stubs = BTreeMap::new();
+    let mut at = 0;
+    while at < code.len() {
+        if let Some(helper) = code[at].helper() {
+            let stub = *stubs.entry(helper).or_insert_with(|| {
+                let start = out.len();
+                out.extend(Insn::map_value(0, counters));
+                out.extend([Insn::mov(6, 1), Insn::atomic_add(0, 6, (helper * 8) as i16)]);
+                out.extend([Insn::call(helper), Insn::exit()]);
+                start
+            });
+            out[at] = Insn::call_near((stub - at - 1) as i32);
+        }
+        at += if code[at].is_double() { 2 } else { 1 };
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::fd::AsFd as _};
+
+    use super::*;
+
+    #[test]
+    fn calls_of_helpers_go_through_one_function_each() {
+        let null = File::open("/dev/null").unwrap();
+        // Constants of two places may look like calls in their second half.
+        let code = [
+            Insn::new(0x18, 1, 0, 0, 0),
+            Insn::call(1),
+            Insn::call(5),
+            Insn::call(7),
+            Insn::call(5),
+            Insn::exit(),
+        ];
+        let out = counted(&code, null.as_fd());
+        assert_eq!(out.len(), code.len() + 2 * 6);
+        assert_eq!(out[..2], code[..2]);
+        assert_eq!((out[2], out[3], out[4]), (Insn::call_near(3), Insn::call_near(8), Insn::call_near(1)));
+        assert_eq!((out[10], out[16]), (Insn::call(5), Insn::call(7)));
     }
 }

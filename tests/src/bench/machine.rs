@@ -23,6 +23,12 @@ pub fn describe() -> Vec<(&'static str, String)> {
     ]
 }
 
+/// `6.18` of `6.18.44-something`.
+pub fn kernel_series() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().split('.').take(2).collect::<Vec<_>>().join(".")
+}
+
 /// Those that cost BPF programs something.
 fn mitigations() -> String {
     let of = |name: &str| {

@@ -42,22 +42,29 @@ pub fn world() -> Result<World> {
 }
 
 /// The way of one kind of packet through one program.
-struct Case {
-    what: String,
-    hook: Hook,
-    feed: Feed,
+pub struct Case {
+    pub what: String,
+    pub hook: Hook,
+    pub feed: Feed,
     /// Makes the flows that `feed` is about.
-    before: Option<(Hook, Feed)>,
+    pub before: Option<(Hook, Feed)>,
     action: Action,
     /// What the frame's source or destination is to become.
     becomes: Becomes,
     bar: Option<f64>,
     /// What other cases are compared with it as.
-    role: Role,
+    pub role: Role,
+}
+
+impl Case {
+    /// False for those that differ from another case in the number of flows only.
+    pub fn is_one_path(&self) -> bool {
+        self.role == Role::New || self.feed.flows == 1
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Becomes {
+pub enum Becomes {
     Same,
     To(IpAddr),
     From(IpAddr),
@@ -65,14 +72,14 @@ enum Becomes {
 
 /// Which comparisons a case takes part in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
+pub enum Role {
     Request,
     Reply,
     New,
     None,
 }
 
-const fn kind_of(hook: Hook) -> ProgType {
+pub const fn kind_of(hook: Hook) -> ProgType {
     match hook {
         Hook::Xdp => ProgType::Xdp,
         Hook::Ingress | Hook::Egress => ProgType::SchedCls,
@@ -128,7 +135,7 @@ fn touching(world: &World, effort: Effort) -> Result<Vec<Row>> {
 }
 
 /// The first Service address is for a backend of this node, the second for one of another.
-fn serve(lab: &mut Lab, net: &Net) -> Result<()> {
+pub fn serve(lab: &mut Lab, net: &Net) -> Result<()> {
     for (vip, backend, is_local) in [(net.vip, net.local, true), (nth(net.vip, 1), net.remote, false)] {
         let id = lab.backend((backend, 8080), is_local)?;
         let service = lab.service(&[id], if is_local { std::slice::from_ref(&id) } else { &[] })?;
@@ -139,7 +146,7 @@ fn serve(lab: &mut Lab, net: &Net) -> Result<()> {
     Ok(())
 }
 
-fn cases(world: &World, net: &Net, l4: &L4) -> Result<Vec<Case>> {
+pub fn cases(world: &World, net: &Net, l4: &L4) -> Result<Vec<Case>> {
     let (external, pod) = (world.external, world.lab.pod);
     let first = if *l4 == L4::Udp { L4::Udp } else { L4::Tcp(SYN) };
     let requests = |flows, dev| net.requests(l4, net.client, flows, 1, dev);
