@@ -3,12 +3,14 @@
 //! * [`packet`] (P1) and [`scale`] (P6): programs run by BPF_PROG_TEST_RUN, on frames that a [`feeder`](insn::feeder)
 //!   makes, interleaved with programs that do nothing ([`measure`]);
 //! * [`size`] and [`paths`] (D1): what does not depend on the machine;
+//! * [`control`] (C1 to C5): the agent against a server that lists and watches;
 //! * [`report`] and [`chart`]: what is said of it.
 //!
 //! Nothing here judges a time in a test: tests run all of it in a small form and look at what was measured, not how fast
 //! it was.
 
 pub mod chart;
+pub mod control;
 pub mod docs;
 pub mod insn;
 pub mod machine;
@@ -21,7 +23,7 @@ pub mod size;
 pub mod sys;
 pub mod traffic;
 
-use std::str::FromStr;
+use std::{path::PathBuf, str::FromStr};
 
 use anyhow::{Result, bail};
 use report::Row;
@@ -85,20 +87,30 @@ impl FromStr for Effort {
     }
 }
 
+/// What to run it with.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub effort: Effort,
+    /// The agent to measure; without it, the one that was built along with this program.
+    pub agent: Option<PathBuf>,
+}
+
 /// A part of the suite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     Packet,
     Size,
+    Control,
 }
 
 impl Part {
-    pub const ALL: [Self; 2] = [Self::Packet, Self::Size];
+    pub const ALL: [Self; 3] = [Self::Packet, Self::Size, Self::Control];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Packet => "packet",
             Self::Size => "size",
+            Self::Control => "control",
         }
     }
 
@@ -107,13 +119,16 @@ impl Part {
         match self {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
+            Self::Control => &["C1", "C2", "C3", "C4", "C5"],
         }
     }
 
-    fn run(self, effort: Effort) -> Result<Vec<Row>> {
+    fn run(self, plan: &Plan) -> Result<Vec<Row>> {
+        let effort = plan.effort;
         Ok(match self {
             Self::Packet => [packet::run(effort)?, scale::run(effort)?].concat(),
             Self::Size => size::rows()?,
+            Self::Control => control::run(effort, plan.agent.clone())?,
         })
     }
 }
@@ -142,10 +157,10 @@ const ITEMS: [(&str, &str, &str); 19] = [
 ];
 
 /// Runs parts, and says of every other item of the suite that it was not measured.
-pub fn run(parts: &[Part], effort: Effort) -> Result<Vec<Row>> {
+pub fn run(parts: &[Part], plan: &Plan) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for part in parts {
-        rows.extend(part.run(effort)?);
+        rows.extend(part.run(plan)?);
     }
     for (id, what, bar) in ITEMS {
         let part = Part::ALL.into_iter().find(|p| p.items().contains(&id));

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
-use lb_tests::bench::{self, Effort, Part, report, size};
+use lb_tests::bench::{self, Effort, Part, Plan, report, size};
 
 /// Of the issue that asks for the suite: what a run does not measure, it says.
 const ITEMS: [&str; 19] = [
@@ -12,9 +12,11 @@ const ITEMS: [&str; 19] = [
     "L3", "D1",
 ];
 
+const SMALL: Plan = Plan { effort: Effort::Small, agent: None };
+
 #[test]
 fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
-    let rows = bench::run(&Part::ALL, Effort::Small)?;
+    let rows = bench::run(&Part::ALL, &SMALL)?;
     let found: BTreeSet<_> = rows.iter().map(|r| r.id).collect();
     assert_eq!(found, ITEMS.into_iter().collect());
     for row in &rows {
@@ -22,7 +24,7 @@ fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
         ensure!(is_measured != (row.note == "not measured yet"), "{row:?}");
         ensure!(row.ours.is_none_or(f64::is_finite), "{row:?}");
     }
-    for id in ["P1", "P6"] {
+    for id in ["P1", "P6", "C1", "C2", "C3", "C4", "C5", "D1"] {
         ensure!(rows.iter().any(|r| r.id == id && r.met.is_some()), "{id} has no bar");
     }
     let dir = tempfile::tempdir()?;
@@ -40,7 +42,7 @@ fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
 
 #[test]
 fn what_a_run_leaves_out_is_said() -> Result<()> {
-    let rows = bench::run(&[], Effort::Small)?;
+    let rows = bench::run(&[], &SMALL)?;
     let said = |id: &str| rows.iter().find(|r| r.id == id).map(|r| r.note.as_str());
     assert_eq!(said("P1"), Some("not asked for in this run"));
     assert_eq!(said("P2"), Some("not measured yet"));

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use crate::{
     command::{root, run},
-    demo::target_dir,
+    demo::{self, target_dir},
     setup,
 };
 
@@ -36,7 +36,7 @@ enum Part {
     },
     /// Forwarding between devices against empty programs and kube-proxy's rules (P2 to P5, P7 to P9); not there yet
     Forward,
-    /// The agent against an API server (C1 to C6); not there yet
+    /// The agent, as a release build, against an API server (C1 to C5)
     Control,
     /// Connections through sockets (L1, L2); not there yet
     Connect,
@@ -66,7 +66,7 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
             args.extend(record.iter().flat_map(|why| ["--record".into(), why.clone()]));
         }
         Some(Part::Forward) => bail!("forwarding between devices (P2 to P5, P7 to P9) is not measured yet"),
-        Some(Part::Control) => bail!("the agent against an API server (C1 to C6) is not measured yet"),
+        Some(Part::Control) => args.push("control".into()),
         Some(Part::Connect) => bail!("connections through sockets (L1, L2) are not measured yet"),
         Some(Part::Scale) => bail!("first packets beside nftables and iptables (L3) are not measured yet"),
     }
@@ -79,6 +79,10 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
     let host = setup::host()?;
     let toolchain = setup::toolchain()?;
     run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bin", "bench"]))?;
+    if matches!(bench.part, None | Some(Part::Control)) {
+        demo::build_agent(&toolchain, true)?;
+        args.extend(["--agent".into(), target_dir().join("release/lb-agent").display().to_string()]);
+    }
     let program = target_dir().join("debug/bench");
     let mut words = host.as_root().iter().map(OsStr::new).chain([program.as_os_str()]);
     let first = words.next().unwrap_or_default();

@@ -13,7 +13,7 @@ use lb_common::maps::program;
 use super::{
     insn::{self, HELPERS, Insn},
     measure::Feed,
-    packet::{self, Case, Role},
+    packet::{self, Case, Role, World},
     sys::{self, MapType, ProgType},
     traffic::nets,
 };
@@ -81,7 +81,7 @@ impl Counted {
         sys::update(&self.counters, 0, [0u64; HELPERS])?;
         let kind: ProgType = packet::kind_of(hook);
         sys::test_run(&program.1, kind, &feed.frame, feed.ifindex, 1)?;
-        sys::lookup(&self.counters, 0)
+        Ok(sys::lookup(&self.counters, 0u32)?)
     }
 
     fn path(&self, case: &Case) -> Result<[u64; HELPERS]> {
@@ -96,15 +96,14 @@ impl Counted {
 }
 
 /// The paths of P1, each once.
-pub fn all() -> Result<Vec<Path>> {
+pub fn all(world: &mut World) -> Result<Vec<Path>> {
     let mut paths = Vec::new();
-    let mut world = packet::world()?;
+    let counted = Counted::load(&world.lab)?;
     for net in nets() {
         packet::serve(&mut world.lab, &net)?;
-        let counted = Counted::load(&world.lab)?;
         for (l4, name) in [(L4::Udp, "UDP"), (L4::Tcp(ACK), "TCP")] {
             // With many flows the path is that of one.
-            for case in packet::cases(&world, &net, &l4)?.into_iter().filter(|c| c.is_one_path()) {
+            for case in packet::cases(world, &net, &l4)?.into_iter().filter(|c| c.is_one_path()) {
                 let what = format!("{} {name} {}", net.name(), case.what.trim_end_matches(", hot"));
                 let calls = counted.path(&case).with_context(|| what.clone())?;
                 ensure!(calls[MAP_LOOKUP] > 0, "{what}: no lookup at all");

@@ -53,17 +53,17 @@ pub fn measure() -> Result<Record> {
     let mut object = Object::parse(OBJECT)?;
     let sections = object.functions.keys().map(|(section, _)| *section).collect();
     object.relocate_calls(&sections)?;
-    let lab = packet::world()?.lab;
+    let mut world = packet::world()?;
     let mut programs = BTreeMap::new();
     for (name, program) in &object.programs {
         let key = (program.section_index, program.address);
         let code = &object.functions.get(&key).with_context(|| format!("{name} has no code"))?.instructions;
         let is_loaded = VERIFIED.contains(&name.as_str());
-        let verified = is_loaded.then(|| lab.verified_instructions(name)).transpose()?.map(u64::from);
+        let verified = is_loaded.then(|| world.lab.verified_instructions(name)).transpose()?.map(u64::from);
         programs.insert(name.clone(), ProgramSize { instructions: code.len() as u64, verified });
     }
     let calls = |p: paths::Path| (p.what, Calls { map_lookups: p.map_lookups, helper_calls: p.helper_calls });
-    let paths = paths::all()?.into_iter().map(calls).collect();
+    let paths = paths::all(&mut world)?.into_iter().map(calls).collect();
     Ok(Record { reasons: Vec::new(), kernel: machine::kernel_series(), programs, paths })
 }
 

@@ -1,8 +1,13 @@
 //! bpf(2) for programs that exist only here: assembled by hand, so that aya, which loads ELF files, cannot load them.
 
 use std::{
+    ffi::CString,
     io,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -14,6 +19,7 @@ const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 
 /// enum bpf_map_type, as far as it is used here.
@@ -84,16 +90,16 @@ struct Element {
     flags: u64,
 }
 
-fn element(command: libc::c_long, map: BorrowedFd, key: u32, value: u64) -> io::Result<i32> {
-    let key = [key];
-    let mut attr = Element { map: map.as_raw_fd() as u32, _pad: 0, key: address(&key), value, flags: 0 };
+fn element<K>(command: libc::c_long, map: BorrowedFd, key: &K, value: u64) -> io::Result<i32> {
+    let key = std::ptr::from_ref(key) as u64;
+    let mut attr = Element { map: map.as_raw_fd() as u32, _pad: 0, key, value, flags: 0 };
     bpf(command, &mut attr)
 }
 
 /// Writes an element; `T` is the map's value.
 pub fn update<T: bytemuck::Pod>(map: impl AsFd, key: u32, value: T) -> Result<()> {
     let value = [value];
-    element(BPF_MAP_UPDATE_ELEM, map.as_fd(), key, address(&value)).context("BPF_MAP_UPDATE_ELEM")?;
+    element(BPF_MAP_UPDATE_ELEM, map.as_fd(), &key, address(&value)).context("BPF_MAP_UPDATE_ELEM")?;
     Ok(())
 }
 
@@ -102,12 +108,24 @@ pub fn update_fd(map: impl AsFd, key: u32, program: BorrowedFd) -> Result<()> {
     update(map, key, program.as_raw_fd() as u32)
 }
 
-/// Reads an element; `T` is the map's value.
-pub fn lookup<T: bytemuck::Pod>(map: impl AsFd, key: u32) -> Result<T> {
-    let mut value = [T::zeroed()];
-    element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), key, value.as_mut_ptr() as u64)
-        .context("BPF_MAP_LOOKUP_ELEM")?;
+/// Reads an element of a map with these types; not of a per-CPU map.
+pub fn lookup<K: bytemuck::Pod, V: bytemuck::Pod>(map: impl AsFd, key: K) -> io::Result<V> {
+    let mut value = [V::zeroed()];
+    element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), &key, value.as_mut_ptr() as u64)?;
     Ok(value[0])
+}
+
+/// A pinned map.
+pub fn pinned(path: &Path) -> Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Attr { path: name.as_ptr() as u64, fd: 0, flags: 0 };
+    Ok(owned(bpf(BPF_OBJ_GET, &mut attr).with_context(|| format!("BPF_OBJ_GET {}", path.display()))?))
 }
 
 /// Loads a program.

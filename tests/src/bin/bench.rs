@@ -3,14 +3,13 @@
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail};
-use lb_tests::bench::{self, Effort, Part, docs, machine, report, size};
+use lb_tests::bench::{self, Effort, Part, Plan, docs, machine, report, size};
 
-const USAGE: &str =
-    "bench [packet] [size] [--effort full|short|small] [--out DIR] [--docs FILE] [--record WHY]";
+const USAGE: &str = "bench [packet] [size] [control] [--effort full|short|small] [--agent PROGRAM] [--out DIR] [--docs FILE] [--record WHY]";
 
 struct Options {
     parts: Vec<Part>,
-    effort: Effort,
+    plan: Plan,
     out: PathBuf,
     docs: Option<PathBuf>,
     record: Option<String>,
@@ -19,7 +18,7 @@ struct Options {
 fn options() -> Result<Options> {
     let mut options = Options {
         parts: Vec::new(),
-        effort: Effort::Full,
+        plan: Plan { effort: Effort::Full, agent: None },
         out: "target/bench".into(),
         docs: None,
         record: None,
@@ -28,7 +27,8 @@ fn options() -> Result<Options> {
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} wants a value; {USAGE}"));
         match arg.as_str() {
-            "--effort" => options.effort = value()?.parse()?,
+            "--effort" => options.plan.effort = value()?.parse()?,
+            "--agent" => options.plan.agent = Some(value()?.into()),
             "--out" => options.out = value()?.into(),
             "--docs" => options.docs = Some(value()?.into()),
             "--record" => options.record = Some(value()?),
@@ -50,7 +50,7 @@ fn run() -> Result<()> {
         size::record(why)?;
     }
     let before = machine::describe();
-    let rows = bench::run(&options.parts, options.effort)?;
+    let rows = bench::run(&options.parts, &options.plan)?;
     for (name, value) in &before {
         println!("{name}: {value}");
     }
