@@ -96,14 +96,15 @@ impl Agent {
         Ok(Duration::from_nanos(ns))
     }
 
-    /// Resident memory, in bytes: now, and at most.
-    pub fn memory(&self) -> Result<(u64, u64)> {
+    /// Resident memory, in bytes: now, the heap's and stacks' part of it, and at most.
+    pub fn memory(&self) -> Result<[u64; 3]> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let kb = |key: &str| {
             let line = status.lines().find_map(|l| l.strip_prefix(key));
             line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok())
         };
-        Ok((kb("VmRSS:").context("VmRSS")? * 1024, kb("VmHWM:").context("VmHWM")? * 1024))
+        let bytes = |key: &'static str| kb(key).map(|kb| kb * 1024).context(key);
+        Ok([bytes("VmRSS:")?, bytes("RssAnon:")?, bytes("VmHWM:")?])
     }
 
     pub fn maps(&self) -> Result<Maps> {
