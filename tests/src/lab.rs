@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd as _, OwnedFd},
     process::Command,
 };
 
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod,
     maps::{
-        Array, HashMap, MapData, PerCpuArray,
+        Array, HashMap, Map, MapData, PerCpuArray,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{SchedClassifier, TestRun, TestRunOptions, Xdp},
@@ -76,6 +77,8 @@ pub struct Options {
     pub service_entries: u32,
     pub answer_ping: bool,
     pub masquerade_all: bool,
+    /// All maps as large as the agent makes them by default.
+    pub default_sizes: bool,
 }
 
 impl Default for Options {
@@ -86,6 +89,7 @@ impl Default for Options {
             service_entries: 64,
             answer_ping: false,
             masquerade_all: false,
+            default_sizes: false,
         }
     }
 }
@@ -129,7 +133,9 @@ impl Lab {
             (name::HELD4, 64),
             (name::HELD6, 64),
         ] {
-            loader.map_max_entries(map, entries);
+            if !options.default_sizes {
+                loader.map_max_entries(map, entries);
+            }
         }
         let mut ebpf = loader.load(lb_agent::datapath::OBJECT)?;
         for name in [program::TC_INGRESS, program::TC_EGRESS] {
@@ -359,6 +365,35 @@ impl Lab {
         };
         out.truncate(result.data_size_out as usize);
         Ok((action, out))
+    }
+
+    /// A descriptor of the program at a hook, for what runs it in another way.
+    pub fn program_fd(&self, hook: Hook) -> Result<OwnedFd> {
+        let name = match hook {
+            Hook::Ingress => program::TC_INGRESS,
+            Hook::Egress => program::TC_EGRESS,
+            Hook::Xdp => program::XDP,
+        };
+        let fd = self.ebpf.program(name).context("no such program")?.fd()?;
+        Ok(fd.as_fd().try_clone_to_owned()?)
+    }
+
+    /// A descriptor of each map, for programs that are loaded in another way.
+    pub fn map_fds(&self) -> Result<Vec<(String, OwnedFd)>> {
+        let fd_of = |(name, map): (&str, &Map)| {
+            let (Map::Array(data)
+            | Map::HashMap(data)
+            | Map::LruHashMap(data)
+            | Map::LpmTrie(data)
+            | Map::PerCpuArray(data)
+            | Map::PerfEventArray(data)
+            | Map::RingBuf(data)) = map
+            else {
+                anyhow::bail!("{name} is of no kind known here")
+            };
+            Ok((name.to_owned(), data.fd().as_fd().try_clone_to_owned()?))
+        };
+        self.ebpf.maps().map(fd_of).collect()
     }
 
     /// What the data path knows about a device.

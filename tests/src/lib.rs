@@ -8,9 +8,11 @@
 //! * [`expect`] knows what each of them should have seen;
 //! * [`manifests`] are the objects that agents read;
 //! * [`rule`] is one rule of Service semantics at work: a fixture, and a table of what traffic gets;
+//! * [`bench`] is what `cargo xtask bench` measures;
 //! * [`janitor`] takes everything down again, whatever becomes of the process that made it.
 
 pub mod agent;
+pub mod bench;
 pub mod cluster;
 pub mod expect;
 pub mod frame;

@@ -2,6 +2,7 @@
 //!
 //! Depends on nothing that needs setting up itself: this is what a machine with only cargo can run first.
 
+mod bench;
 mod ci;
 mod command;
 mod demo;
@@ -42,6 +43,8 @@ enum Task {
         #[arg(long)]
         unprivileged: bool,
     },
+    /// Measure the load balancer beside its baselines (root or sudo); results in target/bench
+    Bench(bench::Bench),
     /// Run the tests of the kernel programs on the other supported kernels, 6.1 and 6.12, in virtual machines (Debian 12 on
     /// x86-64; downloads kernels and takes minutes, so it is no part of `test`)
     Kernels {
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Task::Build { release } => setup::toolchain().and_then(|t| demo::build_agent(&t, release)),
         Task::Demo => demo::run_demo(),
         Task::Test { unprivileged } => test::run_tests(unprivileged),
+        Task::Bench(bench) => bench::run_bench(&bench),
         Task::Kernels { accel } => kernels::run_kernels(&accel),
         Task::Lint => setup::toolchain().and_then(|t| ci::lint(&t)),
         Task::Ci => ci::run_ci(),

@@ -1,0 +1,90 @@
+//! `bench`: builds what is measured and what measures it, and runs that as root. All measuring is in `lb-tests`.
+
+use std::{ffi::OsStr, process::Command};
+
+use anyhow::bail;
+use clap::{Args, Subcommand, ValueEnum};
+
+use crate::{
+    command::{root, run},
+    demo::{self, target_dir},
+    setup,
+};
+
+#[derive(Args)]
+pub struct Bench {
+    /// Without it: all parts that there are
+    #[command(subcommand)]
+    part: Option<Part>,
+    /// How long to measure
+    #[arg(long, value_enum, default_value_t, global = true)]
+    effort: Effort,
+    /// Also write the results into docs/benchmarks.md
+    #[arg(long, global = true)]
+    docs: bool,
+}
+
+#[derive(Clone, Subcommand)]
+enum Part {
+    /// Program cost above an empty program, and its growth with Services and endpoints (P1, P6)
+    Packet,
+    /// Instructions, and what each path of a packet calls (D1)
+    Size {
+        /// Rewrite the record (docs/size.json), with the reason for what has grown
+        #[arg(long, value_name = "WHY")]
+        record: Option<String>,
+    },
+    /// Forwarding between devices against empty programs and kube-proxy's rules (P2 to P5, P7 to P9); not there yet
+    Forward,
+    /// The agent, as a release build, against an API server (C1 to C5)
+    Control,
+    /// Connections through sockets (L1, L2); not there yet
+    Connect,
+    /// First packets by number of Services, beside nftables and iptables (L3); not there yet
+    Scale,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum Effort {
+    /// What figures are taken from
+    #[default]
+    Full,
+    /// Rough figures, for development
+    Short,
+    /// Everything once, to see that it runs
+    Small,
+}
+
+/// Sets up, builds and runs the suite or a part of it.
+pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
+    let mut args: Vec<String> = Vec::new();
+    match &bench.part {
+        None => {}
+        Some(Part::Packet) => args.push("packet".into()),
+        Some(Part::Size { record }) => {
+            args.push("size".into());
+            args.extend(record.iter().flat_map(|why| ["--record".into(), why.clone()]));
+        }
+        Some(Part::Forward) => bail!("forwarding between devices (P2 to P5, P7 to P9) is not measured yet"),
+        Some(Part::Control) => args.push("control".into()),
+        Some(Part::Connect) => bail!("connections through sockets (L1, L2) are not measured yet"),
+        Some(Part::Scale) => bail!("first packets beside nftables and iptables (L3) are not measured yet"),
+    }
+    let effort = bench.effort.to_possible_value();
+    args.extend(effort.iter().flat_map(|e| ["--effort".into(), e.get_name().into()]));
+    args.extend(["--out".into(), target_dir().join("bench").display().to_string()]);
+    if bench.docs {
+        args.extend(["--docs".into(), "docs/benchmarks.md".into()]);
+    }
+    let host = setup::host()?;
+    let toolchain = setup::toolchain()?;
+    run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bin", "bench"]))?;
+    if matches!(bench.part, None | Some(Part::Control)) {
+        demo::build_agent(&toolchain, true)?;
+        args.extend(["--agent".into(), target_dir().join("release/lb-agent").display().to_string()]);
+    }
+    let program = target_dir().join("debug/bench");
+    let mut words = host.as_root().iter().map(OsStr::new).chain([program.as_os_str()]);
+    let first = words.next().unwrap_or_default();
+    run(Command::new(first).args(words).args(args).current_dir(root()))
+}
