@@ -21,6 +21,7 @@ use lb_common::{
 use crate::{
     globals, lookup, maps, metrics,
     net::{ANY, NOEXIST, Net, Packet},
+    parse::ETHERNET_BYTES,
     skb::Skb,
     tc::NEXT,
 };
@@ -166,7 +167,8 @@ fn save_own(skb: Skb) -> Option<&'static [u8; OWN_FRAME_BYTES]> {
     // SAFETY: this CPU's own element.
     let copy = unsafe { &mut *copy };
     let bytes = skb.len();
-    if bytes == 0 || bytes > OWN_FRAME_BYTES as u32 {
+    // Not `== 0`: the verifier of 6.1 learns no lower bound from that.
+    if bytes < ETHERNET_BYTES || bytes > OWN_FRAME_BYTES as u32 {
         return None;
     }
     // SAFETY: the buffer has at least `bytes` bytes.
@@ -181,7 +183,8 @@ fn save(skb: Skb, ifindex: u32, now: u32) -> Option<&'static HeldFrame> {
     // SAFETY: this CPU's own element.
     let copy = unsafe { &mut *copy };
     let bytes = skb.len();
-    if bytes == 0 || bytes > HELD_FRAME_BYTES as u32 {
+    // As in `save_own`.
+    if bytes < ETHERNET_BYTES || bytes > HELD_FRAME_BYTES as u32 {
         return None;
     }
     // SAFETY: the buffer has at least `bytes` bytes.
@@ -197,7 +200,7 @@ fn save(skb: Skb, ifindex: u32, now: u32) -> Option<&'static HeldFrame> {
 /// Gives the packet the first `bytes` bytes of `frame` as its content.
 #[inline(always)]
 fn become_frame<const N: usize>(skb: Skb, frame: &[u8; N], bytes: u32) -> bool {
-    if bytes == 0 || bytes > N as u32 {
+    if bytes < ETHERNET_BYTES || bytes > N as u32 {
         return false;
     }
     // SAFETY: plain integers, then a buffer of at least `bytes` bytes.
