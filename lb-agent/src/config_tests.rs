@@ -171,6 +171,7 @@ fn wrong_values_are_named_with_place_reason_and_remedy() {
         ("snat-ports", "0-9", "0 is not a port", "FIRST-LAST"),
         ("snat-ports", "10240", "not a range", "FIRST-LAST"),
         ("snat-ports", "1-65536", "too large", "65535"),
+        ("flow-cache", "16777217", "too large", "0 to 16777216"),
         ("max-flows", "0", "nothing would fit", "1 to"),
         ("max-flows", "4000000000", "too large", "2147483647"),
         ("max-slots", "many", "invalid digit", "1 to"),

@@ -81,6 +81,7 @@ fn own(settings: &Settings) -> Value {
         "maxSlots": sizes.slots,
         "maxBackends": sizes.backends,
         "maxFlows": sizes.flows,
+        "flowCache": sizes.flow_cache,
         "maxAffinity": sizes.affinity,
         "maxSockets": sizes.sockets,
         "maxSourceRanges": sizes.source_ranges,

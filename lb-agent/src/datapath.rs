@@ -15,6 +15,7 @@ mod error;
 mod follow;
 mod load;
 mod migrate;
+mod neighbours;
 pub(crate) mod netlink;
 mod state_dir;
 mod trace;
@@ -50,6 +51,8 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 pub trait DeviceSink: Send + Sync {
     fn put_device(&self, ifindex: u32, device: Device) -> Result<(), DeviceSinkError>;
     fn delete_device(&self, ifindex: u32) -> Result<(), DeviceSinkError>;
+    /// A route, a device or a neighbour's address has changed: what is cached about ways out of the node is not true.
+    fn next_hops_changed(&self);
 }
 
 /// Why an entry of `DEVICES` could not be written.

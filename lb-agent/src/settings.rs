@@ -95,6 +95,8 @@ pub struct Capacities {
     pub slots: u32,
     pub backends: u32,
     pub flows: u32,
+    /// All CPUs together; 0 for none.
+    pub flow_cache: u32,
     pub affinity: u32,
     pub sockets: u32,
     /// Per family.
@@ -109,6 +111,7 @@ impl Default for Capacities {
             slots: capacity::SLOTS,
             backends: capacity::BACKENDS,
             flows: capacity::FLOWS,
+            flow_cache: capacity::FLOW_CACHE,
             affinity: capacity::AFFINITY,
             sockets: capacity::SOCKETS,
             source_ranges: capacity::SOURCE_RANGES,

@@ -366,12 +366,12 @@ where
             // of one half being translated for a flow that no longer exists.
             let (forward, reply) =
                 if flow.flags & flags::REPLY == 0 { (key, &partner_key) } else { (&partner_key, key) };
-            table.delete(forward).map_err(SweepError::Delete)?;
+            table.delete_silent(forward).map_err(SweepError::Delete)?;
             let judged = if flow.flags & flags::REPLY == 0 { partner.as_ref() } else { Some(&flow) };
             let created = judged.map(|r| r.created);
             // That new one takes over the entry of the answers, with its own beginning.
             if table.get(reply).map_err(read_error::<A>)?.map(|r| r.created) == created {
-                table.delete(reply).map_err(SweepError::Delete)?;
+                table.delete_silent(reply).map_err(SweepError::Delete)?;
                 // Should it have begun since the look: its next packet starts it once more, with both halves.
                 table.delete(forward).map_err(SweepError::Delete)?;
             }

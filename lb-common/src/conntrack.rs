@@ -51,6 +51,13 @@ pub mod flags {
 }
 
 impl<A: Addr> Flow<A> {
+    /// Both ports after rewriting, as a header starts with them.
+    #[inline(always)]
+    pub const fn ports(&self) -> u32 {
+        let ([s0, s1], [d0, d1]) = (self.sport.raw().to_ne_bytes(), self.dport.raw().to_ne_bytes());
+        u32::from_ne_bytes([s0, s1, d0, d1])
+    }
+
     /// The tuple that a packet of this direction gets.
     #[inline(always)]
     pub const fn rewritten(&self, proto: u8) -> Tuple<A> {

@@ -18,6 +18,17 @@ pub struct Device {
 
 map_type!(Device, size = 32);
 
+/// Key of `NEIGHBOURS`, whose value is when (kernel jiffies, low 32 bits) the stack last sent it a packet for us.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Neighbour {
+    pub ifindex: u32,
+    pub mac: [u8; 6],
+    pub _pad: u16,
+}
+
+map_type!(Neighbour, size = 12);
+
 /// Key of the entry for devices without an address of their own: has the node's. No device has this index.
 pub const ANY: u32 = 0;
 

@@ -17,6 +17,7 @@ pub mod cidr;
 pub mod conntrack;
 pub mod crc32c;
 pub mod device;
+pub mod flow_cache;
 pub mod fragment;
 pub mod frontend;
 pub mod maps;

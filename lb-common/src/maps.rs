@@ -42,9 +42,18 @@ pub mod name {
     /// LPM_TRIE, [`SourceRange`](crate::source::SourceRange) to u32.
     pub const SOURCE_RANGES4: &str = "SOURCE_RANGES4";
     pub const SOURCE_RANGES6: &str = "SOURCE_RANGES6";
+    /// ARRAY (mmap) of u64, by [`epoch_index`](crate::flow_cache::epoch_index).
+    pub const FLOW_EPOCHS: &str = "FLOW_EPOCHS";
+    /// ARRAY of [`Entry4`](crate::flow_cache::Entry4) or [`Entry6`](crate::flow_cache::Entry6), not pinned: it is worth a
+    /// second, and belongs to one load of the programs.
+    pub const FLOW_CACHE4: &str = "FLOW_CACHE4";
+    pub const FLOW_CACHE6: &str = "FLOW_CACHE6";
+
+    /// LRU_HASH, [`Neighbour`](crate::device::Neighbour) to u32, not pinned.
+    pub const NEIGHBOURS: &str = "NEIGHBOURS";
 
     /// All of them: what a state directory must hold.
-    pub const ALL: [&str; 25] = [
+    pub const ALL: [&str; 26] = [
         FRONTENDS4,
         FRONTENDS6,
         SERVICES,
@@ -69,6 +78,7 @@ pub mod name {
         SERVICE_CIDRS6,
         SOURCE_RANGES4,
         SOURCE_RANGES6,
+        FLOW_EPOCHS,
         CLOCK,
     ];
     /// ARRAY of one [`Clock`](crate::maps::Clock), written by the program `lb_clock`.
@@ -88,12 +98,16 @@ pub mod capacity {
     pub const BACKENDS: u32 = 131_072;
     /// Flows per family; each takes two entries.
     pub const FLOWS: u32 = 1_000_000;
+    /// Slots of the flow cache for IPv4, all CPUs together: 16 MB. IPv6 has half as many, of twice the size.
+    pub const FLOW_CACHE: u32 = 262_144;
     /// Clients with session affinity, per family.
     pub const AFFINITY: u32 = 65_536;
     /// (Service port, backend) pairs of Services with affinity.
     pub const AFFINITY_MEMBERS: u32 = 131_072;
     /// Network devices with an entry.
     pub const DEVICES: u32 = 4_096;
+    /// Neighbours that XDP sends to.
+    pub const NEIGHBOURS: u32 = 4_096;
     /// UDP and TCP sockets remembered by the socket hooks.
     pub const SOCKETS: u32 = 65_536;
     /// Fragmented datagrams in flight, per family.
@@ -123,6 +137,8 @@ pub mod global {
     pub const ANSWER_PING: &str = "ANSWER_PING";
     /// u8: 1 gives all packets to ClusterIPs an address of this node (rule D2).
     pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
+    /// u32: slots of the flow cache for IPv4 of each CPU, a power of two; IPv6 has half as many; 0 switches it off.
+    pub const FLOW_CACHE_SLOTS: &str = "FLOW_CACHE_SLOTS";
 }
 
 /// Element of `CLOCK`.

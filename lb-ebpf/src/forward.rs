@@ -3,11 +3,14 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
-use lb_common::{device, verdict::Counter};
+use lb_common::{
+    device::{self, Neighbour},
+    verdict::Counter,
+};
 
 use crate::{
-    maps,
-    net::{Net, Packet, Scratch},
+    globals, maps,
+    net::{ANY, Net, Packet, Scratch},
 };
 
 /// `struct bpf_fib_lookup` of the kernel's UAPI, with the members that are used named. IPv4 addresses are the first word.
@@ -81,4 +84,35 @@ pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A, is_local: bool
         _ => unsafe { maps::DEVICES.get(device::ANY).copied() },
     };
     device.as_ref().and_then(A::snat_addr).ok_or(Counter::DropNoSnatAddress)
+}
+
+/// Destination and source of the Ethernet header, as [`route`] found them.
+#[inline(always)]
+pub fn macs(fib: &Fib) -> [u16; 6] {
+    let half = |mac: &[u8; 6], i: usize| u16::from_ne_bytes([mac[2 * i], mac[2 * i + 1]]);
+    let (d, s) = (&fib.dmac, &fib.smac);
+    [half(d, 0), half(d, 1), half(d, 2), half(s, 0), half(s, 1), half(s, 2)]
+}
+
+/// False once a second for each neighbour: then the stack sends a packet, which keeps the kernel's entry about it alive. A look
+/// into the routing table does not, and would find the MAC address of a neighbour that is long gone.
+#[inline(always)]
+pub fn is_in_use(fib: &Fib, now: u32) -> bool {
+    let neighbour = Neighbour { ifindex: fib.ifindex, mac: fib.dmac, _pad: 0 };
+    match maps::NEIGHBOURS.get_ptr_mut(&neighbour) {
+        Some(sent) => {
+            // SAFETY: an aligned integer. Should two CPUs find it old at once, two packets go to the stack.
+            let sent = unsafe { &mut *sent };
+            let is_fresh = now.wrapping_sub(*sent) < globals::jiffies_per_s();
+            if !is_fresh {
+                *sent = now;
+            }
+            is_fresh
+        }
+        None => {
+            // One that does not fit is asked about later.
+            let _ = maps::NEIGHBOURS.insert(&neighbour, &now, ANY);
+            true
+        }
+    }
 }

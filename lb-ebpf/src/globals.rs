@@ -19,6 +19,8 @@ static HOST_NETNS: Global<u64> = Global::new(0);
 static ANSWER_PING: Global<u8> = Global::new(0);
 #[unsafe(no_mangle)]
 static MASQUERADE_ALL: Global<u8> = Global::new(0);
+#[unsafe(no_mangle)]
+static FLOW_CACHE_SLOTS: Global<u32> = Global::new(0);
 
 #[inline(always)]
 pub fn jiffies_per_s() -> u32 {
@@ -57,4 +59,10 @@ pub fn answer_ping() -> bool {
 #[inline(always)]
 pub fn masquerade_all() -> bool {
     MASQUERADE_ALL.load() != 0
+}
+
+/// Slots of the flow cache for IPv4 of each CPU, a power of two; 0: there is none.
+#[inline(always)]
+pub fn flow_cache_slots() -> u32 {
+    FLOW_CACHE_SLOTS.load()
 }

@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod cache;
 mod conntrack;
 mod echo;
 mod forward;

@@ -11,7 +11,8 @@ use lb_common::{
     backend::Backend,
     cidr::ServiceCidrs,
     conntrack::Flow,
-    device::Device,
+    device::{Device, Neighbour},
+    flow_cache::{EPOCHS, Entry4, Entry6},
     fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey, OWN_FRAME_BYTES},
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord, ServiceStats},
     maps::{Clock, capacity},
@@ -47,6 +48,13 @@ pub static FLOWS4: HashMap<Tuple<V4>, Flow<V4>, { 2 * capacity::FLOWS as usize }
 #[btf_map]
 pub static FLOWS6: HashMap<Tuple<V6>, Flow<V6>, { 2 * capacity::FLOWS as usize }, ON_DEMAND> = HashMap::new();
 #[btf_map]
+pub static FLOW_EPOCHS: Array<u64, { EPOCHS as usize }, MMAP> = Array::new();
+// Not written by the agent: the flag puts elements at the beginning of a page, and so each into a line of its own.
+#[btf_map]
+pub static FLOW_CACHE4: Array<Entry4, { capacity::FLOW_CACHE as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static FLOW_CACHE6: Array<Entry6, { capacity::FLOW_CACHE as usize / 2 }, MMAP> = Array::new();
+#[btf_map]
 pub static AFFINITY4: LruHashMap<AffinityKey<V4>, AffinityValue, { capacity::AFFINITY as usize }> =
     LruHashMap::new();
 #[btf_map]
@@ -64,6 +72,8 @@ pub static SERVICE_STATS: PerCpuArray<ServiceStats, { capacity::SERVICES as usiz
 pub static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
 #[btf_map]
 pub static DEVICES: HashMap<u32, Device, { capacity::DEVICES as usize }, ON_DEMAND> = HashMap::new();
+#[btf_map]
+pub static NEIGHBOURS: LruHashMap<Neighbour, u32, { capacity::NEIGHBOURS as usize }> = LruHashMap::new();
 #[btf_map]
 pub static SOCKETS: LruHashMap<SocketKey, SocketOrigin, { capacity::SOCKETS as usize }> = LruHashMap::new();
 #[btf_map]

@@ -7,13 +7,18 @@ use lb_common::{
     backend::Backend,
     conntrack::Flow,
     device::Device,
+    flow_cache::CachedFlow,
     fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey},
     frontend::{FrontendKey, FrontendValue},
     source::SourceRange,
     tuple::Tuple,
 };
 
-use crate::{forward::Fib, icmp, maps};
+use crate::{
+    cache::{self, Place},
+    forward::Fib,
+    icmp, maps,
+};
 
 /// `bpf_map_update_elem` flag: create only.
 pub const NOEXIST: u64 = 1;
@@ -32,6 +37,8 @@ pub trait Net: Addr {
     fn flow(key: &Tuple<Self>) -> Option<*mut Flow<Self>>;
     fn put_flow(key: &Tuple<Self>, flow: &Flow<Self>, mode: u64) -> Result<(), i32>;
     fn remove_flow(key: &Tuple<Self>);
+    /// Slot of the flow cache.
+    fn cached(index: u32) -> Option<*mut CachedFlow<Self>>;
     fn affinity(key: &AffinityKey<Self>) -> Option<AffinityValue>;
     fn put_affinity(key: &AffinityKey<Self>, value: &AffinityValue);
     fn fragment(key: &FragmentKey<Self>) -> Option<FragmentPorts>;
@@ -52,7 +59,7 @@ pub trait Net: Addr {
 }
 
 macro_rules! impl_net {
-    ($t:ty, $header:literal, $af:literal, $frontends:ident, $backends:ident, $flows:ident, $affinity:ident,
+    ($t:ty, $header:literal, $af:literal, $frontends:ident, $backends:ident, $flows:ident, $cache:ident, $affinity:ident,
      $fragments:ident, $held:ident, $cidrs:ident, $ranges:ident, $scratch:ident, $snat:ident, $none:expr, $unicast:ident) => {
         impl Net for $t {
             const HEADER_BYTES: u32 = $header;
@@ -79,6 +86,12 @@ macro_rules! impl_net {
             fn remove_flow(key: &Tuple<Self>) {
                 // It may be gone already: the sweeper removes flows too.
                 let _ = maps::$flows.remove(key);
+                cache::renew_epoch(key);
+            }
+            #[inline(always)]
+            fn cached(index: u32) -> Option<*mut CachedFlow<Self>> {
+                // An entry begins with the flow.
+                maps::$cache.get_ptr_mut(index).map(|entry| entry.cast())
             }
             #[inline(always)]
             fn affinity(key: &AffinityKey<Self>) -> Option<AffinityValue> {
@@ -148,6 +161,7 @@ impl_net!(
     FRONTENDS4,
     BACKENDS4,
     FLOWS4,
+    FLOW_CACHE4,
     AFFINITY4,
     FRAGMENTS4,
     HELD4,
@@ -165,6 +179,7 @@ impl_net!(
     FRONTENDS6,
     BACKENDS6,
     FLOWS6,
+    FLOW_CACHE6,
     AFFINITY6,
     FRAGMENTS6,
     HELD6,
@@ -204,6 +219,8 @@ pub struct Scratch<A> {
     pub inner: Tuple<A>,
     pub outer: Tuple<A>,
     pub fib: Fib,
+    /// XDP: the packet's place in the flow cache.
+    pub place: Place,
     /// What `tc::transit` wants told to the sender, when it returns [`crate::tc::ANSWER`].
     pub error: icmp::Error,
 }

@@ -1,22 +1,29 @@
 //! The driver path, for frames from a wire: the plain cases of what `tc` does, decided by the same code. Whatever is not
 //! plain (options, fragments, extension headers, VLAN tags, refusals, hairpins, a missing neighbour, a packet too big)
-//! goes on untouched and meets the classifier.
+//! goes on untouched and meets the classifier. Packets without news take what this CPU has noted about their flow (`cache`).
 //!
 //! Never for frames of a local stack: their checksum may be left to the device, which XDP cannot see.
 
 use core::ffi::c_void;
 
-use aya_ebpf::{bindings::xdp_action, helpers::generated::bpf_redirect, programs::XdpContext};
+use aya_ebpf::{
+    bindings::{xdp_action, xdp_md},
+    helpers::generated::bpf_redirect,
+    programs::XdpContext,
+};
 use lb_common::{
     Be16, Be32, V4, V6,
     checksum::{self, Sum},
     conntrack::{Flow, flags, tcp},
-    device, proto,
+    device,
+    flow_cache::CachedFlow,
+    proto,
     tuple::Tuple,
     verdict::Counter,
 };
 
 use crate::{
+    cache::{self, Place, Way},
     conntrack, forward,
     lookup::{self, Found, Hook},
     maps, metrics,
@@ -42,6 +49,13 @@ const L3: usize = ETHERNET_BYTES as usize;
 struct Even<T>(T);
 
 impl Frame {
+    #[inline(always)]
+    fn of(ctx: *mut xdp_md) -> Self {
+        // SAFETY: the context of the running program.
+        let (data, end) = unsafe { ((*ctx).data as usize, (*ctx).data_end as usize) };
+        Self { data, end, ctx: ctx.cast() }
+    }
+
     /// A pointer to a `T` at `offset`, if the frame is that long.
     #[inline(always)]
     fn at<T>(self, offset: usize) -> Option<*mut Even<T>> {
@@ -61,6 +75,17 @@ impl Frame {
         self.at::<[V6; 2]>(L3 + 8).map(|p| p.cast())
     }
 
+    /// The Ethernet header's addresses, one halfword after the other: as a whole they would become a call.
+    #[inline(always)]
+    fn write_macs(self, macs: &[u16; 6]) -> Option<()> {
+        let p: *mut u16 = self.at::<[u16; 6]>(0)?.cast();
+        for (i, half) in macs.iter().enumerate() {
+            // SAFETY: six halfwords lie inside the frame, by the check in `at`; they are at even addresses.
+            unsafe { *p.add(i) = *half };
+        }
+        Some(())
+    }
+
     #[inline(always)]
     fn write<T: Copy>(self, offset: usize, value: T) -> Option<()> {
         let p = self.at::<T>(offset)?;
@@ -76,12 +101,18 @@ trait Wire: Printed {
     const L4: usize = L3 + Self::HEADER_BYTES as usize;
     /// Fills `p` up to the ports. False if the packet is not plain.
     fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool;
+    /// What the cache has nothing to say about.
+    fn long_way(ctx: *mut xdp_md) -> u32;
     /// Writes addresses and TTL.
-    fn write_header(frame: Frame, p: &Packet<Self>, flow: &Flow<Self>, ttl: u8, addresses: Sum)
-    -> Option<()>;
+    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()>;
 }
 
 impl Wire for V4 {
+    #[inline(always)]
+    fn long_way(ctx: *mut xdp_md) -> u32 {
+        long_way4(ctx)
+    }
+
     #[inline(always)]
     fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool {
         let Some(ip) = frame.read::<Ipv4Header>(L3) else { return false };
@@ -98,24 +129,24 @@ impl Wire for V4 {
     }
 
     #[inline(always)]
-    fn write_header(
-        frame: Frame,
-        p: &Packet<Self>,
-        flow: &Flow<Self>,
-        ttl: u8,
-        addresses: Sum,
-    ) -> Option<()> {
-        let delta = addresses
+    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
+        let delta = new
+            .l3_delta
             .sub16(u16::from_ne_bytes([p.ttl, p.tuple.proto]))
             .add16(u16::from_ne_bytes([ttl, p.tuple.proto]));
         frame.write(L3 + 8, ttl)?;
         frame.write(L3 + 10, checksum::update(p.ip_check, delta))?;
-        frame.write(L3 + 12, flow.src)?;
-        frame.write(L3 + 16, flow.dst)
+        frame.write(L3 + 12, *new.src)?;
+        frame.write(L3 + 16, *new.dst)
     }
 }
 
 impl Wire for V6 {
+    #[inline(always)]
+    fn long_way(ctx: *mut xdp_md) -> u32 {
+        long_way6(ctx)
+    }
+
     #[inline(always)]
     fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool {
         let Some(words) = frame.addresses6() else { return false };
@@ -138,20 +169,14 @@ impl Wire for V6 {
     }
 
     #[inline(always)]
-    fn write_header(
-        frame: Frame,
-        _p: &Packet<Self>,
-        flow: &Flow<Self>,
-        ttl: u8,
-        _addresses: Sum,
-    ) -> Option<()> {
+    fn write_header(frame: Frame, _p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
         frame.write(L3 + 7, ttl)?;
         let words = frame.addresses6()?;
         for i in 0..4 {
             // SAFETY: as in `read_header`.
             unsafe {
-                (*words.add(i)).0 = flow.src[i];
-                (*words.add(4 + i)).0 = flow.dst[i];
+                (*words.add(i)).0 = new.src[i];
+                (*words.add(4 + i)).0 = new.dst[i];
             }
         }
         Some(())
@@ -160,27 +185,49 @@ impl Wire for V6 {
 
 #[inline(always)]
 pub fn run(ctx: &XdpContext) -> u32 {
-    let frame = Frame { data: ctx.data(), end: ctx.data_end(), ctx: ctx.ctx.cast() };
-    // SAFETY: the context of the running program.
-    let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
-    match frame.read::<u16>(L3 - 2) {
-        Some(ethertype::IPV4) => on_frame::<V4>(frame, ifindex),
-        Some(ethertype::IPV6) => on_frame::<V6>(frame, ifindex),
+    let ctx = ctx.ctx;
+    match Frame::of(ctx).read::<u16>(L3 - 2) {
+        Some(ethertype::IPV4) => on_frame::<V4>(ctx),
+        Some(ethertype::IPV6) => on_frame::<V6>(ctx),
         _ => xdp_action::XDP_PASS,
     }
 }
 
 #[inline(always)]
-fn on_frame<A: Wire>(frame: Frame, ifindex: u32) -> u32 {
-    let Some(Scratch { packet: p, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
-    p.ifindex = ifindex;
-    p.addressee.kind = Addressee::ASK_MAC;
-    let Some(mac) = frame.read::<[u8; 6]>(0) else { return xdp_action::XDP_PASS };
-    p.addressee.mac = mac;
+fn on_frame<A: Wire>(ctx: *mut xdp_md) -> u32 {
+    let frame = Frame::of(ctx);
+    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
+    // SAFETY: the context of the running program.
+    p.ifindex = unsafe { (*ctx).ingress_ifindex };
     if !parse(frame, p) {
         return xdp_action::XDP_PASS;
     }
     p.now = conntrack::now();
+    *place = Place::of(p);
+    if let Some(cached) = cache::find(p, *place)
+        && let Some(action) = send_cached(frame, p, cached)
+    {
+        return action;
+    }
+    A::long_way(ctx)
+}
+
+/// By the tables. Functions of their own, for the stack's sake.
+#[inline(never)]
+fn long_way4(ctx: *mut xdp_md) -> u32 {
+    by_tables::<V4>(Frame::of(ctx))
+}
+#[inline(never)]
+fn long_way6(ctx: *mut xdp_md) -> u32 {
+    by_tables::<V6>(Frame::of(ctx))
+}
+
+#[inline(always)]
+fn by_tables<A: Wire>(frame: Frame) -> u32 {
+    let Some(Scratch { packet: p, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
+    p.addressee.kind = Addressee::ASK_MAC;
+    let Some(mac) = frame.read::<[u16; 3]>(0) else { return xdp_action::XDP_PASS };
+    p.addressee.mac = bytemuck::cast(mac);
     match lookup::ingress(frame.ctx, p, Hook::Xdp) {
         // SAFETY: see `Found::Flow`.
         Found::Flow(flow) => send_on(frame, p, unsafe { &*flow }).unwrap_or(xdp_action::XDP_PASS),
@@ -217,35 +264,64 @@ fn parse<A: Wire>(frame: Frame, p: &mut Packet<A>) -> bool {
     }
 }
 
+/// The short way. `None` before anything is changed if the packet needs the long one.
+#[inline(always)]
+fn send_cached<A: Wire>(frame: Frame, p: &Packet<A>, cached: &CachedFlow<A>) -> Option<u32> {
+    let hop = &cached.next_hop;
+    let leaves = hop.ifindex != 0;
+    if leaves && (p.ttl <= 1 || p.ip_bytes > hop.mtu as u32) {
+        return None;
+    }
+    let new = Translation {
+        src: &cached.src,
+        dst: &cached.dst,
+        ports: cached.ports,
+        l4_delta: Sum::new().add16(cached.l4_delta),
+        l3_delta: Sum::new().add16(cached.l3_delta),
+        service: cached.service,
+    };
+    translate(frame, p, &new, if leaves { p.ttl - 1 } else { p.ttl })?;
+    if !leaves {
+        return Some(xdp_action::XDP_PASS);
+    }
+    frame.write_macs(&hop.macs)?;
+    Some(leave(hop.ifindex as u32, p.ifindex))
+}
+
 #[inline(always)]
 fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> {
     if flow.flags & (flags::HAIRPIN | flags::GONE) != 0 {
         return Some(left_to_tc());
     }
+    let Scratch { fib, .. } = A::scratch()?;
     if flow.flags & flags::TRANSIT == 0 {
-        translate(frame, p, flow, p.ttl)?;
+        translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl)?;
+        cache::fill(p, flow, Way::Stack);
         return Some(xdp_action::XDP_PASS);
     }
     if p.ttl <= 1 {
         return Some(left_to_tc());
     }
-    // Once a second, when the flow's time is stamped, the stack sends a packet: it keeps the neighbour entry alive, which a
-    // look into the routing table does not.
-    if flow.last_seen == p.now && flow.created != p.now {
-        return Some(left_to_tc());
-    }
-    let Scratch { fib, .. } = A::scratch()?;
     let code = forward::route(frame.ctx, p, &flow.src, &flow.dst, p.ip_bytes as u16, fib);
-    if code != forward::result::SUCCESS || !takes_frames(fib.ifindex, p.ifindex) {
+    if code != forward::result::SUCCESS
+        || !takes_frames(fib.ifindex, p.ifindex)
+        || !forward::is_in_use(fib, p.now)
+    {
         return Some(left_to_tc());
     }
-    translate(frame, p, flow, p.ttl - 1)?;
-    frame.write(0, [fib.dmac, fib.smac])?;
-    if fib.ifindex == p.ifindex {
-        return Some(xdp_action::XDP_TX);
+    translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl - 1)?;
+    frame.write_macs(&forward::macs(fib))?;
+    cache::fill(p, flow, Way::Routed);
+    Some(leave(fib.ifindex, p.ifindex))
+}
+
+#[inline(always)]
+fn leave(ifindex: u32, came_by: u32) -> u32 {
+    if ifindex == came_by {
+        return xdp_action::XDP_TX;
     }
     // SAFETY: plain integers.
-    Some(unsafe { bpf_redirect(fib.ifindex, 0) } as u32)
+    unsafe { bpf_redirect(ifindex, 0) as u32 }
 }
 
 /// True if XDP can send frames that came in by `from` out by `to`: many drivers, and all of tunnels and VLANs, cannot.
@@ -255,21 +331,46 @@ fn takes_frames(to: u32, from: u32) -> bool {
     to == from || unsafe { maps::DEVICES.get(to) }.is_some_and(|d| d.flags & device::flags::XDP_TARGET != 0)
 }
 
-/// Writes the flow's translation. All headers were read before, so nothing here can fail halfway.
+/// What becomes of a packet's addresses and ports, and what that changes in its checksums.
+struct Translation<'a, A> {
+    src: &'a A,
+    dst: &'a A,
+    /// As a header starts with them.
+    ports: u32,
+    /// Addresses and ports.
+    l4_delta: Sum,
+    /// Addresses.
+    l3_delta: Sum,
+    service: u32,
+}
+
+impl<'a, A: Wire> Translation<'a, A> {
+    #[inline(always)]
+    fn of(old: &Tuple<A>, flow: &'a Flow<A>) -> Self {
+        let l3_delta = Sum::new().replace_addr(&old.src, &flow.src).replace_addr(&old.dst, &flow.dst);
+        Self {
+            src: &flow.src,
+            dst: &flow.dst,
+            ports: flow.ports(),
+            l4_delta: l3_delta.replace_port(old.sport, flow.sport).replace_port(old.dport, flow.dport),
+            l3_delta,
+            service: flow.service,
+        }
+    }
+}
+
+/// Writes a translation. All headers were read before, so nothing here can fail halfway.
 #[inline(always)]
-fn translate<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>, ttl: u8) -> Option<()> {
-    let old = &p.tuple;
-    let addresses = Sum::new().replace_addr(&old.src, &flow.src).replace_addr(&old.dst, &flow.dst);
-    let change = addresses.replace_port(old.sport, flow.sport).replace_port(old.dport, flow.dport);
-    if old.proto == proto::UDP {
+fn translate<A: Wire>(frame: Frame, p: &Packet<A>, new: &Translation<A>, ttl: u8) -> Option<()> {
+    if p.tuple.proto == proto::UDP {
         let at = A::L4 + 6;
-        frame.write(at, checksum::update_udp(frame.read(at)?, change))?;
+        frame.write(at, checksum::update_udp(frame.read(at)?, new.l4_delta))?;
     } else {
         let at = A::L4 + 16;
-        frame.write(at, checksum::update(frame.read(at)?, change))?;
+        frame.write(at, checksum::update(frame.read(at)?, new.l4_delta))?;
     }
-    frame.write(A::L4, [flow.sport, flow.dport])?;
-    A::write_header(frame, p, flow, ttl, addresses)?;
-    metrics::count_service(flow.service, 1, p.ip_bytes, true);
+    frame.write(A::L4, new.ports)?;
+    A::write_header(frame, p, new, ttl)?;
+    metrics::count_service(new.service, 1, p.ip_bytes, true);
     Some(())
 }

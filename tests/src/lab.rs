@@ -15,6 +15,7 @@ use aya::{
         lpm_trie::{Key, LpmTrie},
     },
     programs::{SchedClassifier, TestRun, TestRunOptions, Xdp},
+    util::nr_cpus,
 };
 use lb_agent::datapath::uninterrupted;
 use lb_common::{
@@ -24,7 +25,8 @@ use lb_common::{
     backend::{self, Backend},
     cidr::{ServiceCidr, ServiceCidrs},
     conntrack::{self, Flow},
-    device::{self, Device},
+    device::{self, Device, Neighbour},
+    flow_cache,
     frontend::{FrontendKey, FrontendValue, ServiceRecord, ServiceStats, SlotRange},
     maps::{global, name, program},
     source::{self, SourceRange},
@@ -77,6 +79,10 @@ pub struct Options {
     pub service_entries: u32,
     pub answer_ping: bool,
     pub masquerade_all: bool,
+    /// Slots of the flow cache, all CPUs together.
+    pub flow_cache: u32,
+    /// Ticks that the programs take for a second.
+    pub jiffies_per_s: u32,
     /// All maps as large as the agent makes them by default.
     pub default_sizes: bool,
 }
@@ -89,6 +95,8 @@ impl Default for Options {
             service_entries: 64,
             answer_ping: false,
             masquerade_all: false,
+            flow_cache: 1024,
+            jiffies_per_s: 250,
             default_sizes: false,
         }
     }
@@ -106,8 +114,14 @@ impl Lab {
         ensure!(code == 0, "unshare(CLONE_NEWNET): {} (needs root)", std::io::Error::last_os_error());
         ip("link set lo up")?;
         let (answer_ping, masquerade_all) = (u8::from(options.answer_ping), u8::from(options.masquerade_all));
+        let cpus = nr_cpus().map_err(|(_, e)| e)? as u32;
+        let cache_slots = flow_cache::slots_per_cpu(options.flow_cache, cpus);
         let mut loader = EbpfLoader::new();
         loader
+            .override_global(global::JIFFIES_PER_S, &options.jiffies_per_s, true)
+            .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
+            .map_max_entries(name::FLOW_CACHE4, (cache_slots * cpus).max(2))
+            .map_max_entries(name::FLOW_CACHE6, (cache_slots * cpus).max(2) / 2)
             .override_global(global::LOG_LEVEL, &0u8, true)
             .override_global(global::SNAT_PORT_FIRST, &options.snat_ports.0, true)
             .override_global(global::SNAT_PORT_LAST, &options.snat_ports.1, true)
@@ -425,6 +439,37 @@ impl Lab {
             connections: a.connections + b.connections,
             xdp_packets: a.xdp_packets + b.xdp_packets,
         }))
+    }
+
+    /// Empties the flow tables behind the programs' back.
+    pub fn forget_flows(&mut self) -> Result<()> {
+        fn clear<A: Addr>(lab: &mut Lab, map: &str) -> Result<()>
+        where
+            Tuple<A>: Pod,
+            Flow<A>: Pod,
+        {
+            let mut map = lab.hash::<Tuple<A>, Flow<A>>(map);
+            let keys: Vec<_> = map.keys().collect::<Result<_, _>>()?;
+            keys.iter().try_for_each(|key| Ok(map.remove(key)?))
+        }
+        clear::<V4>(self, name::FLOWS4)?;
+        clear::<V6>(self, name::FLOWS6)
+    }
+
+    /// Makes the last packet of the stack to every neighbour one of long ago.
+    pub fn age_neighbours(&mut self) -> Result<()> {
+        let mut map = self.hash::<Neighbour, u32>(name::NEIGHBOURS);
+        let entries: Vec<_> = map.iter().collect::<Result<_, _>>()?;
+        entries.into_iter().try_for_each(|(key, sent)| Ok(map.insert(key, sent.wrapping_sub(1 << 30), 0)?))
+    }
+
+    /// What the agent does when a flow or a way out has changed.
+    pub fn renew_epochs(&mut self) -> Result<()> {
+        let mut epochs = self.array::<u64>(name::FLOW_EPOCHS);
+        (0..flow_cache::EPOCHS).try_for_each(|i| {
+            let next = epochs.get(&i, 0)? + 1;
+            Ok(epochs.set(i, next, 0)?)
+        })
     }
 
     /// Number of flow entries of both families.

@@ -287,8 +287,12 @@ fn xdp_follows_the_setting_and_leaves_strangers_alone() {
             settings.xdp = xdp;
             let agent = node.start(&settings, TcSetting::Auto)?;
             let attached = agent.datapath.attached();
-            agent.stop()?;
             let up = attached.into_iter().next().context("up0 is not attached")?;
+            let known = agent.sink.get(up.ifindex).context("no entry")?;
+            agent.stop()?;
+            // At once: the kernel tells nobody about XDP links.
+            let takes_frames = known.flags & flags::XDP_TARGET != 0;
+            ensure!(takes_frames || up.xdp != datapath::Xdp::Native, "{up:?}");
             anyhow::Ok((up.xdp, up.xdp_refused))
         };
         // A veth has no wire.

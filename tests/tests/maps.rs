@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use aya::{
     EbpfLoader,
     maps::{
@@ -20,7 +20,8 @@ use ipnet::IpNet;
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
 use lb_agent::{
     cli::Output,
-    datapath, inspect,
+    datapath::{self, DeviceSink as _},
+    inspect,
     maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table},
     metrics::Metrics,
     plan::{
@@ -38,6 +39,7 @@ use lb_common::{
     cidr::{self, ServiceCidr, ServiceCidrs},
     conntrack::{Flow, Timeouts, flags as flow_flags, tcp},
     device::Device,
+    flow_cache,
     frontend::{FrontendValue, ServiceRecord, ServiceStats, SlotRange, flags},
     maps::{name, program},
     proto,
@@ -548,6 +550,39 @@ fn strangers_and_absentees_are_refused() -> Result<()> {
     MapData::from_pin(state.maps().join(name::FLOWS4))?.pin(&slots)?;
     let error = Maps::open(&state.maps()).map(drop).unwrap_err();
     assert!(matches!(&error, MapError::Layout { what: "type", .. }), "{error}");
+    Ok(())
+}
+
+/// What the agent changes in the flow table, no CPU believes any longer; nor anything once a device changes.
+#[test]
+fn epochs_are_renewed_with_what_they_stand_for() -> Result<()> {
+    let state = State::new(&[])?;
+    let flows = FlowTables::open(&state.maps())?;
+    let devices = Devices::open(&state.maps())?;
+    let map = Map::Array(MapData::from_pin(state.maps().join(name::FLOW_EPOCHS))?);
+    let map: aya::maps::Array<_, u64> = map.try_into()?;
+    let epochs = || map.iter().collect::<Result<Vec<_>, _>>();
+    let changed = |before: &[u64], after: &[u64]| -> Vec<usize> {
+        (0..before.len()).filter(|i| before[*i] != after[*i]).collect()
+    };
+    let Pair { forward: (key, flow), .. } = pair(0x0a00_0001, proto::UDP, 1000, 0, true);
+    let own = vec![flow_cache::epoch_index(flow_cache::hash(&key)) as usize];
+    let start = epochs()?;
+    flows.v4.put(&key, &flow)?;
+    ensure!(flows.v4.delete_silent(&key)?);
+    assert_eq!(epochs()?, start, "new flows and silent ones are in no cache");
+    flows.v4.put(&key, &flow)?;
+    ensure!(flows.v4.replace(&key, &flow)?);
+    let replaced = epochs()?;
+    assert_eq!(changed(&start, &replaced), own);
+    ensure!(flows.v4.delete(&key)?);
+    let deleted = epochs()?;
+    assert_eq!(changed(&replaced, &deleted), own);
+    devices.put(3, Device::default())?;
+    let put = epochs()?;
+    assert_eq!(changed(&deleted, &put).len(), put.len());
+    devices.next_hops_changed();
+    assert_eq!(changed(&put, &epochs()?).len(), put.len());
     Ok(())
 }
 

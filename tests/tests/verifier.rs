@@ -32,9 +32,9 @@ use object::{Object as _, ObjectSection as _};
 /// Each is at least twice what the worst of 6.1, 6.12 and 6.18 needs: room for another compiler, and none for a branch that
 /// multiplies the paths.
 const BUDGETS: [(&str, u32); 12] = [
-    (program::TC_INGRESS, 200_000),
+    (program::TC_INGRESS, 240_000),
     (program::TC_EGRESS, 20_000),
-    (program::XDP, 90_000),
+    (program::XDP, 180_000),
     (program::CLOCK, 50),
     (program::CONNECT4, 1_500),
     (program::CONNECT6, 3_000),
@@ -63,6 +63,7 @@ struct Constants {
     snat_ports: (u16, u16),
     hash_seed: u32,
     socket_netns: u64,
+    flow_cache_slots: u32,
     log_level: u8,
 }
 
@@ -75,6 +76,7 @@ const TYPICAL: Constants = Constants {
     snat_ports: (10_240, 29_999),
     hash_seed: 0x9e37_79b9,
     socket_netns: 1,
+    flow_cache_slots: 8192,
     log_level: SILENT,
 };
 
@@ -88,7 +90,15 @@ impl Constants {
                 // All sockets, or those of one namespace.
                 for socket_netns in [0, u64::MAX] {
                     let hash_seed = if socket_netns == 0 { 0 } else { u32::MAX };
-                    all.push(Self { jiffies_per_s, snat_ports, hash_seed, socket_netns, log_level });
+                    let flow_cache_slots = if jiffies_per_s == 300 { 0 } else { TYPICAL.flow_cache_slots };
+                    all.push(Self {
+                        jiffies_per_s,
+                        snat_ports,
+                        hash_seed,
+                        socket_netns,
+                        flow_cache_slots,
+                        log_level,
+                    });
                 }
             }
         }
@@ -105,6 +115,7 @@ fn load(constants: Constants, entries: Option<u32>) -> Result<Ebpf> {
         .override_global(global::SNAT_PORT_LAST, &constants.snat_ports.1, true)
         .override_global(global::HASH_SEED, &constants.hash_seed, true)
         .override_global(global::SOCKET_NETNS, &constants.socket_netns, true)
+        .override_global(global::FLOW_CACHE_SLOTS, &constants.flow_cache_slots, true)
         .override_global(global::LOG_LEVEL, &constants.log_level, true);
     for map in name::ALL {
         if let Some(entries) = entries.filter(|_| ![name::COUNTERS, name::CLOCK].contains(&map)) {
@@ -317,6 +328,7 @@ fn maps_have_the_layouts_of_the_shared_types() -> Result<()> {
         (name::SOURCE_RANGES4, (LpmTrie, (4 + size_of::<SourceRange<V4>>() as u32, 4))),
         (name::SOURCE_RANGES6, (LpmTrie, (4 + size_of::<SourceRange<V6>>() as u32, 4))),
         (name::CLOCK, (Array, of::<u32, Clock>())),
+        (name::FLOW_EPOCHS, (Array, of::<u32, u64>())),
     ]);
     assert_eq!(expected.keys().copied().collect::<BTreeSet<_>>(), name::ALL.into_iter().collect());
     let object = Object::parse(OBJECT)?;

@@ -156,6 +156,16 @@ pub(super) fn size(given: &Given) -> Result<u32, Error> {
     }
 }
 
+/// As [`size`], but for something that can be left out.
+pub(super) fn size_or_none(given: &Given) -> Result<u32, Error> {
+    const ALLOWED: &str = "0 to 16777216";
+    match given.value.trim().parse() {
+        Ok(n) if n <= 1 << 24 => Ok(n),
+        Ok(_) => Err(given.invalid("too large", ALLOWED)),
+        Err(error) => Err(given.invalid(error, ALLOWED)),
+    }
+}
+
 pub(super) fn seconds(given: &Given) -> Result<u32, Error> {
     const ALLOWED: &str = "whole seconds from 1s on, such as 90s, 15m, 24h or 1h30m";
     let time: SignedDuration =

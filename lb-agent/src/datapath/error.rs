@@ -58,6 +58,8 @@ pub enum Error {
     Devices(#[from] rtnetlink::Error),
     #[error("DEVICES entry of {device} cannot be written: {source}")]
     Sink { device: String, source: super::DeviceSinkError },
+    #[error("the number of CPUs cannot be read from /sys/devices/system/cpu/possible: {0}")]
+    PossibleCpus(io::Error),
     #[error("the cookie of this network namespace cannot be read: {0}")]
     NetnsCookie(io::Error),
 }

@@ -44,7 +44,7 @@ pub async fn follow(
     addresses: Sender<BTreeSet<IpAddr>>,
 ) -> Result<Infallible, Error> {
     // First listen, then look: what happens in between is seen twice.
-    let events = Events::open()?;
+    let mut events = Events::open()?;
     let (connection, handle, _) = rtnetlink::new_connection()
         .map_err(|source| Error::Netlink { what: "opening a socket for device lists", source })?;
     let connection = AbortOnDrop(tokio::spawn(connection));
@@ -66,9 +66,22 @@ pub async fn follow(
             continue;
         }
         (change, verify) = tokio::select! {
-            change = events.changed() => (change?, false),
+            change = next_change(&mut events, follower.sink.as_ref()) => (change?, false),
             _ = resync.tick() => (Change::ALL, true),
         };
+    }
+}
+
+/// Waits for something to look at. Ways that have changed need no look.
+async fn next_change(events: &mut Events, sink: &dyn DeviceSink) -> Result<Change, Error> {
+    loop {
+        let change = events.changed().await?;
+        if change.next_hops {
+            sink.next_hops_changed();
+        }
+        if change.devices || change.default_route {
+            return Ok(change);
+        }
     }
 }
 
@@ -211,12 +224,7 @@ impl Datapath {
     }
 
     fn ensure(&self, link: &LinkFacts, device: &mut Followed, sink: &dyn DeviceSink) -> Result<(), Error> {
-        let entry = devices::entry(link, device.role);
-        if device.entry != Some(entry) {
-            sink.put_device(link.ifindex, entry)
-                .map_err(|source| Error::Sink { device: link.name.clone(), source })?;
-            device.entry = Some(entry);
-        }
+        put_entry(link, device, sink)?;
         let pins = self.state.links();
         let tc = self.attacher.tc(link, &self.programs, &pins)?;
         let wanted = devices::wanted_xdp(link, device.role, self.xdp);
@@ -243,7 +251,8 @@ impl Datapath {
             info!(device = link.name, role = ?device.role, ?tc, ?xdp, "programs are attached");
         }
         device.attached = Some(attached);
-        Ok(())
+        // The kernel sends no event about XDP links: that others may send frames here now, nobody else says.
+        put_entry(link, device, sink)
     }
 
     /// A device that is gone, or has no role any more.
@@ -298,6 +307,20 @@ impl Datapath {
             self.forget(ifindex, sink);
         }
     }
+}
+
+/// Tells the programs about a device, if there is news.
+fn put_entry(link: &LinkFacts, device: &mut Followed, sink: &dyn DeviceSink) -> Result<(), Error> {
+    let mut entry = devices::entry(link, device.role);
+    if device.attached.as_ref().is_some_and(|a| a.xdp == Xdp::Native) {
+        entry.flags |= device::flags::XDP_TARGET;
+    }
+    if device.entry != Some(entry) {
+        sink.put_device(link.ifindex, entry)
+            .map_err(|source| Error::Sink { device: link.name.clone(), source })?;
+        device.entry = Some(entry);
+    }
+    Ok(())
 }
 
 fn is_gone(error: &Error) -> bool {

@@ -9,9 +9,13 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     programs::{Program, ProgramError},
+    util::nr_cpus,
 };
 use aya_obj::Object;
-use lb_common::maps::{global, name, program};
+use lb_common::{
+    flow_cache,
+    maps::{global, name, program},
+};
 
 use super::{Error, OBJECT, bpf, state_dir::StateDir, trace};
 use crate::settings::{Capacities, Settings, SocketLb};
@@ -86,6 +90,8 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
     };
     let answer_ping = u8::from(settings.answer_ping);
     let masquerade_all = u8::from(settings.masquerade_all);
+    let cpus = possible_cpus()?;
+    let cache_slots = flow_cache::slots_per_cpu(settings.capacities.flow_cache, cpus);
     let mut loader = EbpfLoader::new();
     loader
         .override_global(global::JIFFIES_PER_S, &jiffies_per_s, true)
@@ -96,7 +102,11 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
         .override_global(global::HOST_NETNS, &host_netns, true)
         .override_global(global::ANSWER_PING, &answer_ping, true)
         .override_global(global::MASQUERADE_ALL, &masquerade_all, true)
+        .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
         .override_global(global::LOG_LEVEL, &log_level, true);
+    // A map has one entry at least.
+    let cached = (cache_slots * cpus).max(2);
+    loader.map_max_entries(name::FLOW_CACHE4, cached).map_max_entries(name::FLOW_CACHE6, cached / 2);
     for (map, entries) in max_entries(&settings.capacities) {
         loader.map_max_entries(map, entries);
     }
@@ -116,6 +126,11 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
         trace::follow(&mut ebpf)?;
     }
     Ok(programs)
+}
+
+/// CPUs that there may ever be: programs number their parts of arrays by them.
+fn possible_cpus() -> Result<u32, Error> {
+    nr_cpus().map(|n| n as u32).map_err(|(_, source)| Error::PossibleCpus(source))
 }
 
 fn all_programs() -> impl Iterator<Item = &'static str> {

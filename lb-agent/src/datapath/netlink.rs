@@ -48,6 +48,16 @@ impl Payload {
     pub fn nested(self, kind: u16, inner: Self) -> Self {
         self.attribute(kind | NLA_F_NESTED, &inner.0)
     }
+
+    /// As the kernel would send it.
+    #[cfg(test)]
+    pub fn message(self, kind: u16) -> Vec<u8> {
+        let mut message = ((HEADER + self.0.len()) as u32).to_ne_bytes().to_vec();
+        message.extend_from_slice(&kind.to_ne_bytes());
+        message.resize(HEADER, 0);
+        message.extend_from_slice(&self.0);
+        message
+    }
 }
 
 /// Sends one request and collects the answers: payloads of all messages. An error code of the kernel is the error.

@@ -26,11 +26,13 @@ use tokio::io::unix::AsyncFd;
 use super::{
     Error,
     devices::{Address, Context, LinkFacts},
+    neighbours::{Neighbours, RTM_DELNEIGH, RTM_NEWNEIGH},
     netlink::{self, DATAGRAM},
 };
 
 // enum rtnetlink_groups, include/uapi/linux/rtnetlink.h.
 const RTNLGRP_LINK: u32 = 1;
+const RTNLGRP_NEIGH: u32 = 3;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 const RTNLGRP_IPV4_ROUTE: u32 = 7;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
@@ -45,15 +47,20 @@ const RECEIVE_BUFFER: usize = 1 << 20;
 pub struct Change {
     pub devices: bool,
     pub default_route: bool,
+    /// Where packets leave may have changed: a device, any route, the address of a neighbour.
+    pub next_hops: bool,
 }
 
 impl Change {
-    pub const ALL: Self = Self { devices: true, default_route: true };
+    pub const ALL: Self = Self { devices: true, default_route: true, next_hops: true };
 }
 
 /// Tells when to look again.
 #[derive(Debug)]
-pub struct Events(AsyncFd<EventSocket>);
+pub struct Events {
+    socket: AsyncFd<EventSocket>,
+    neighbours: Neighbours,
+}
 
 #[derive(Debug)]
 struct EventSocket(Socket);
@@ -74,6 +81,7 @@ impl Events {
             socket.bind(&SocketAddr::new(0, 0))?;
             for group in [
                 RTNLGRP_LINK,
+                RTNLGRP_NEIGH,
                 RTNLGRP_IPV4_IFADDR,
                 RTNLGRP_IPV4_ROUTE,
                 RTNLGRP_IPV6_IFADDR,
@@ -83,16 +91,16 @@ impl Events {
             }
             // SAFETY: the socket owns its descriptor and always names the same one.
             let registered = unsafe { AsyncFd::register(EventSocket(socket)) };
-            Ok::<_, io::Error>(Self(registered?))
+            Ok::<_, io::Error>(Self { socket: registered?, neighbours: Neighbours::default() })
         };
         open().map_err(|source| Error::Netlink { what: "listening for device events", source })
     }
 
     /// Waits for something that matters here.
-    pub async fn changed(&self) -> Result<Change, Error> {
+    pub async fn changed(&mut self) -> Result<Change, Error> {
         loop {
-            let mut ready = self.0.readable().await.map_err(failed)?;
-            let change = drain(&self.0.get_ref().0).map_err(failed)?;
+            let mut ready = self.socket.readable().await.map_err(failed)?;
+            let change = drain(&self.socket.get_ref().0, &mut self.neighbours).map_err(failed)?;
             ready.clear_ready();
             if change != Change::default() {
                 return Ok(change);
@@ -106,13 +114,13 @@ fn failed(source: io::Error) -> Error {
 }
 
 /// Reads all that has come.
-fn drain(socket: &Socket) -> io::Result<Change> {
+fn drain(socket: &Socket, neighbours: &mut Neighbours) -> io::Result<Change> {
     let mut change = Change::default();
     let mut datagram = Vec::with_capacity(DATAGRAM);
     loop {
         datagram.clear();
         match socket.recv_from(&mut datagram, libc::MSG_DONTWAIT) {
-            Ok(_) => netlink::messages(&datagram).for_each(|message| note(&mut change, &message)),
+            Ok(_) => netlink::messages(&datagram).for_each(|message| note(&mut change, neighbours, &message)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(change),
             // Events were lost: anything may have changed.
             Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => change = Change::ALL,
@@ -122,14 +130,13 @@ fn drain(socket: &Socket) -> io::Result<Change> {
     }
 }
 
-fn note(change: &mut Change, message: &netlink::Message<'_>) {
-    if matches!(message.kind, RTM_NEWROUTE | RTM_DELROUTE) {
-        // rtm_dst_len, second byte of struct rtmsg.
-        if message.payload.get(1) == Some(&0) {
-            *change = Change::ALL;
-        }
-    } else {
-        change.devices = true;
+fn note(change: &mut Change, neighbours: &mut Neighbours, message: &netlink::Message<'_>) {
+    match message.kind {
+        RTM_NEWNEIGH | RTM_DELNEIGH => change.next_hops |= neighbours.note(message),
+        // rtm_dst_len, second byte of struct rtmsg: a default route.
+        RTM_NEWROUTE | RTM_DELROUTE if message.payload.get(1) == Some(&0) => *change = Change::ALL,
+        RTM_NEWROUTE | RTM_DELROUTE => change.next_hops = true,
+        _ => (change.devices, change.next_hops) = (true, true),
     }
 }
 
@@ -271,12 +278,13 @@ mod tests {
     fn only_default_routes_matter_among_routes() {
         let change_of = |bytes: &[u8]| {
             let mut change = Change::default();
-            netlink::messages(bytes).for_each(|m| note(&mut change, &m));
+            netlink::messages(bytes).for_each(|m| note(&mut change, &mut Neighbours::default(), &m));
             change
         };
-        assert_eq!(change_of(&event(RTM_NEWROUTE, 24)), Change::default());
+        let next_hops = Change { next_hops: true, ..Change::default() };
+        assert_eq!(change_of(&event(RTM_NEWROUTE, 24)), next_hops);
         assert_eq!(change_of(&event(RTM_DELROUTE, 0)), Change::ALL);
         // RTM_NEWLINK
-        assert_eq!(change_of(&event(16, 0)), Change { devices: true, default_route: false });
+        assert_eq!(change_of(&event(16, 0)), Change { devices: true, ..next_hops });
     }
 }

@@ -1,14 +1,55 @@
 //! The flow tables.
 
-use std::{io, path::Path};
+use std::{io, ops::Deref, path::Path, sync::Arc};
 
 use aya::maps::MapType;
+use bytemuck::Pod;
 use lb_common::{V4, V6, conntrack::Flow, maps::name, tuple::Tuple};
 
-use super::{MapError, Table};
+use super::{FlowEpochs, MapError, Table};
 
-/// The flows of one family.
-pub type FlowTable<A> = Table<Tuple<A>, Flow<A>>;
+/// The flows of one family. What is removed or changed here is removed from the programs' caches too.
+#[derive(Debug)]
+pub struct FlowTable<A> {
+    table: Table<Tuple<A>, Flow<A>>,
+    epochs: Arc<FlowEpochs>,
+}
+
+impl<A> Deref for FlowTable<A> {
+    type Target = Table<Tuple<A>, Flow<A>>;
+    fn deref(&self) -> &Self::Target {
+        &self.table
+    }
+}
+
+impl<A: lb_common::Addr> FlowTable<A>
+where
+    Tuple<A>: Pod,
+    Flow<A>: Pod,
+{
+    fn open(dir: &Path, name: &'static str, epochs: &Arc<FlowEpochs>) -> Result<Self, MapError> {
+        Ok(Self { table: Table::open(dir, name, &[MapType::Hash])?, epochs: epochs.clone() })
+    }
+
+    /// Deletes an entry; false if there was none.
+    pub fn delete(&self, key: &Tuple<A>) -> io::Result<bool> {
+        let was_there = self.table.delete(key)?;
+        self.epochs.renew(key);
+        Ok(was_there)
+    }
+
+    /// The same for one that has been silent for a second at least: no cache has it.
+    pub fn delete_silent(&self, key: &Tuple<A>) -> io::Result<bool> {
+        self.table.delete(key)
+    }
+
+    /// Replaces an entry; false if there was none.
+    pub fn replace(&self, key: &Tuple<A>, flow: &Flow<A>) -> io::Result<bool> {
+        let was_there = self.table.replace(key, flow)?;
+        self.epochs.renew(key);
+        Ok(was_there)
+    }
+}
 
 /// `FLOWS4` and `FLOWS6`.
 pub struct FlowTables {
@@ -19,8 +60,11 @@ pub struct FlowTables {
 impl FlowTables {
     /// Opens the maps pinned in `dir`.
     pub fn open(dir: &Path) -> Result<Self, MapError> {
-        let hash = &[MapType::Hash];
-        Ok(Self { v4: Table::open(dir, name::FLOWS4, hash)?, v6: Table::open(dir, name::FLOWS6, hash)? })
+        let epochs = Arc::new(FlowEpochs::open(dir)?);
+        Ok(Self {
+            v4: FlowTable::open(dir, name::FLOWS4, &epochs)?,
+            v6: FlowTable::open(dir, name::FLOWS6, &epochs)?,
+        })
     }
 }
 

@@ -32,6 +32,15 @@ unsafe impl<T> Send for MmapArray<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for MmapArray<T> {}
 
+impl MmapArray<u64> {
+    /// Replaces the element at `index`, whoever else does; beyond the end nothing happens.
+    pub fn set(&self, index: u32, value: u64) {
+        if let Some([word]) = self.element(index) {
+            word.store(value, Ordering::Release);
+        }
+    }
+}
+
 impl<T: Pod> MmapArray<T> {
     const WORDS_PER_ELEMENT: usize = size_of::<T>().div_ceil(WORD);
 

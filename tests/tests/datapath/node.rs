@@ -151,6 +151,7 @@ impl Node {
                 slots: 4096,
                 backends: 1024,
                 flows: 4096,
+                flow_cache: 1024,
                 affinity: 1024,
                 sockets: 1024,
                 source_ranges: 64,
@@ -249,4 +250,6 @@ impl DeviceSink for Sink {
         let _ = map.remove(&ifindex);
         Ok(())
     }
+
+    fn next_hops_changed(&self) {}
 }
