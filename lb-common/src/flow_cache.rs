@@ -118,6 +118,12 @@ pub const fn slot_index(cpu: u32, slots: u32, hash: u32) -> u32 {
     cpu * slots + (hash & (slots - 1))
 }
 
+/// Where a flow whose slot is taken may be instead: next to it, as processors fetch lines in pairs.
+#[inline(always)]
+pub const fn other_slot(slot: u32) -> u32 {
+    slot ^ 1
+}
+
 /// True if an entry stamped then is worth nothing now.
 #[inline(always)]
 pub const fn is_stale(stamped: u32, now: u32, jiffies_per_s: u32) -> bool {
@@ -125,10 +131,11 @@ pub const fn is_stale(stamped: u32, now: u32, jiffies_per_s: u32) -> bool {
 }
 
 /// Slots for each of `cpus` CPUs out of `total`: the largest power of two that all can have; 0 switches the cache off.
-/// A flow's packets come to one CPU (receive-side scaling), so more CPUs need no more slots together. IPv6 has half as many.
+/// A flow's packets come to one CPU (receive-side scaling), so more CPUs need no more slots together. IPv6 has a quarter.
 pub const fn slots_per_cpu(total: u32, cpus: u32) -> u32 {
     match total / if cpus == 0 { 1 } else { cpus } {
-        0 | 1 => 0,
+        // Too few for a pair of each family.
+        0..=7 => 0,
         each => 1 << each.ilog2(),
     }
 }
@@ -204,6 +211,7 @@ mod tests {
         assert_eq!(slots_per_cpu(1 << 18, 2), 1 << 17);
         assert_eq!(slots_per_cpu(1 << 18, 3), 1 << 16);
         assert_eq!(slots_per_cpu(100, 128), 0);
+        assert_eq!(slots_per_cpu(16, 2), 8);
         assert_eq!(slots_per_cpu(0, 2), 0);
         assert_eq!(slot_index(2, 4, 0xffff_fffd), 9);
     }

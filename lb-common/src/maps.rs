@@ -98,8 +98,8 @@ pub mod capacity {
     pub const BACKENDS: u32 = 131_072;
     /// Flows per family; each takes two entries.
     pub const FLOWS: u32 = 1_000_000;
-    /// Slots of the flow cache for IPv4, all CPUs together: 16 MB. IPv6 has half as many, of twice the size.
-    pub const FLOW_CACHE: u32 = 262_144;
+    /// Slots of the flow cache for IPv4, all CPUs together: 32 MB. IPv6 has a quarter as many, of twice the size: 16 MB.
+    pub const FLOW_CACHE: u32 = 524_288;
     /// Clients with session affinity, per family.
     pub const AFFINITY: u32 = 65_536;
     /// (Service port, backend) pairs of Services with affinity.
@@ -137,7 +137,7 @@ pub mod global {
     pub const ANSWER_PING: &str = "ANSWER_PING";
     /// u8: 1 gives all packets to ClusterIPs an address of this node (rule D2).
     pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
-    /// u32: slots of the flow cache for IPv4 of each CPU, a power of two; IPv6 has half as many; 0 switches it off.
+    /// u32: slots of the flow cache for IPv4 of each CPU, a power of two; IPv6 has a quarter as many; 0 switches it off.
     pub const FLOW_CACHE_SLOTS: &str = "FLOW_CACHE_SLOTS";
 }
 

@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use lb_common::{
     conntrack::{Flow, tcp},
-    flow_cache::{CachedFlow, epoch_index, hash, is_stale, slot_index},
+    flow_cache::{CachedFlow, epoch_index, hash, is_stale, other_slot, slot_index},
     proto,
     tuple::Tuple,
 };
@@ -37,7 +37,7 @@ impl Place {
         let Some(epoch) = maps::FLOW_EPOCHS.get_ptr(epoch_index(hash)) else { return Self::NOWHERE };
         // SAFETY: an aligned integer; volatile keeps it one load.
         let epoch = unsafe { core::ptr::read_volatile(epoch) } as u32;
-        let slots = if A::IS_V6 { slots / 2 } else { slots };
+        let slots = if A::IS_V6 { slots / 4 } else { slots };
         // SAFETY: no arguments, no effects.
         let cpu = unsafe { bpf_get_smp_processor_id() };
         Self { slot: slot_index(cpu, slots, hash), epoch }
@@ -50,12 +50,21 @@ pub fn find<A: Net>(p: &Packet<A>, place: Place) -> Option<&'static CachedFlow<A
     if globals::flow_cache_slots() == 0 {
         return None;
     }
+    let mut cached = A::cached(place.slot)?;
     // SAFETY: an element of this CPU's part; programs of one CPU do not interrupt each other.
-    let cached = unsafe { &*A::cached(place.slot)? };
+    if !is_same(unsafe { &(*cached).key }, &p.tuple) {
+        cached = A::cached(other_slot(place.slot))?;
+        // SAFETY: as above.
+        if !is_same(unsafe { &(*cached).key }, &p.tuple) {
+            return None;
+        }
+    }
+    // SAFETY: as above.
+    let cached = unsafe { &*cached };
     let is_current = cached.epoch == place.epoch
         && !is_stale(cached.stamped, p.now, globals::jiffies_per_s())
         && p.tcp_flags & !tcp::ACK == 0;
-    if is_current && is_same(&cached.key, &p.tuple) { Some(cached) } else { None }
+    if is_current { Some(cached) } else { None }
 }
 
 /// Which way a noted flow's packets go.
@@ -82,14 +91,18 @@ pub fn fill<A: Net>(p: &Packet<A>, flow: &Flow<A>, way: Way) {
 #[inline(never)]
 fn note<A: Net>(flow: &Flow<A>, way: u32) -> u32 {
     let Some(Scratch { packet: p, fib, place, .. }) = A::scratch() else { return 0 };
-    let Some(cached) = A::cached(place.slot) else { return 0 };
+    let Some(mut cached) = A::cached(place.slot) else { return 0 };
+    // SAFETY: as in `find`.
+    if is_others(unsafe { &*cached }, p) {
+        let Some(other) = A::cached(other_slot(place.slot)) else { return 0 };
+        cached = other;
+        // SAFETY: as in `find`.
+        if is_others(unsafe { &*cached }, p) {
+            return 0;
+        }
+    }
     // SAFETY: as in `find`.
     let cached = unsafe { &mut *cached };
-    // Fresh flows keep their slot: two that took turns would write with every packet. A new map is all zeroes.
-    let is_taken = cached.key.proto != 0 && !is_stale(cached.stamped, p.now, globals::jiffies_per_s());
-    if is_taken && !is_same(&cached.key, &p.tuple) {
-        return 0;
-    }
     let hop = &mut cached.next_hop;
     if way == Way::Stack as u32 {
         hop.ifindex = 0;
@@ -104,6 +117,14 @@ fn note<A: Net>(flow: &Flow<A>, way: u32) -> u32 {
     }
     cached.fill(&p.tuple, flow, place.epoch);
     0
+}
+
+/// Fresh flows keep their slot: two that took turns would write with every packet. A new map is all zeroes.
+#[inline(always)]
+fn is_others<A: Net>(cached: &CachedFlow<A>, p: &Packet<A>) -> bool {
+    cached.key.proto != 0
+        && !is_stale(cached.stamped, p.now, globals::jiffies_per_s())
+        && !is_same(&cached.key, &p.tuple)
 }
 
 /// Compares without a branch for each word.

@@ -36,6 +36,24 @@ pub struct Fib {
 
 const _: () = assert!(size_of::<Fib>() == 64);
 
+/// `struct bpf_redir_neigh` of the kernel's UAPI. IPv4 addresses are the first word.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct NextHop {
+    family: u32,
+    addr: [u32; 4],
+}
+
+const _: () = assert!(size_of::<NextHop>() == 20);
+
+impl NextHop {
+    /// What [`route`] found: the gateway, which may be of the other family, is where the destination was.
+    #[inline(always)]
+    pub const fn of(fib: &Fib) -> Self {
+        Self { family: fib.family as u32, addr: fib.dst }
+    }
+}
+
 /// Return values of `bpf_fib_lookup` that are told apart.
 pub mod result {
     pub const SUCCESS: i64 = 0;

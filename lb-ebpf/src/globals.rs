@@ -61,7 +61,7 @@ pub fn masquerade_all() -> bool {
     MASQUERADE_ALL.load() != 0
 }
 
-/// Slots of the flow cache for IPv4 of each CPU, a power of two; 0: there is none.
+/// Slots of the flow cache for IPv4 of each CPU, a power of two, of which IPv6 has a quarter; 0: there is none.
 #[inline(always)]
 pub fn flow_cache_slots() -> u32 {
     FLOW_CACHE_SLOTS.load()

@@ -53,7 +53,7 @@ pub static FLOW_EPOCHS: Array<u64, { EPOCHS as usize }, MMAP> = Array::new();
 #[btf_map]
 pub static FLOW_CACHE4: Array<Entry4, { capacity::FLOW_CACHE as usize }, MMAP> = Array::new();
 #[btf_map]
-pub static FLOW_CACHE6: Array<Entry6, { capacity::FLOW_CACHE as usize / 2 }, MMAP> = Array::new();
+pub static FLOW_CACHE6: Array<Entry6, { capacity::FLOW_CACHE as usize / 4 }, MMAP> = Array::new();
 #[btf_map]
 pub static AFFINITY4: LruHashMap<AffinityKey<V4>, AffinityValue, { capacity::AFFINITY as usize }> =
     LruHashMap::new();

@@ -16,7 +16,7 @@ use lb_common::{
 
 use crate::{
     cache::{self, Place},
-    forward::Fib,
+    forward::{Fib, NextHop},
     icmp, maps,
 };
 
@@ -219,6 +219,8 @@ pub struct Scratch<A> {
     pub inner: Tuple<A>,
     pub outer: Tuple<A>,
     pub fib: Fib,
+    /// tc: the next hop that `fib` named.
+    pub via: NextHop,
     /// XDP: the packet's place in the flow cache.
     pub place: Place,
     /// What `tc::transit` wants told to the sender, when it returns [`crate::tc::ANSWER`].

@@ -10,7 +10,7 @@ use lb_common::{
 
 use crate::{
     conntrack, echo,
-    forward::{self, Fib},
+    forward::{self, Fib, NextHop},
     fragments, icmp,
     lookup::{self, Found, Hook},
     metrics,
@@ -201,7 +201,7 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         // The frame belongs to the VLAN device on top, where it comes by again without its tag.
         return Ok(NEXT);
     }
-    let Some(Scratch { fib, error, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
+    let Some(Scratch { fib, via, error, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
     if p.ttl <= 1 {
         metrics::count(Counter::DropTtlExceeded);
         *error = icmp::Error::TIME_EXCEEDED;
@@ -222,15 +222,18 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         _ => return Err(Counter::DropNoRoute),
     }
     translate(skb, p, flow, p.ttl - 1)?;
-    leave(fib)
+    leave(fib, via)
 }
 
 /// Out by the device that the routing table named. The kernel finds the neighbour, or makes an entry for it, and keeps
 /// it alive: the MAC address from the routing table would be used on when nobody answers there any more.
+/// It need not look for the route again.
 #[inline(always)]
-fn leave(fib: &Fib) -> Outcome {
-    // SAFETY: no parameters: the kernel takes the next hop from the routing table.
-    Ok(unsafe { bpf_redirect_neigh(fib.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
+fn leave(fib: &Fib, via: &mut NextHop) -> Outcome {
+    *via = NextHop::of(fib);
+    let (via, bytes) = ((via as *mut NextHop).cast(), size_of::<NextHop>() as i32);
+    // SAFETY: the parameters are a valid struct of the size given.
+    Ok(unsafe { bpf_redirect_neigh(fib.ifindex, via, bytes, 0) } as i32)
 }
 
 /// Sends a translated ICMP error where the flow it is about goes.
@@ -243,7 +246,10 @@ pub fn send_error<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, src: &A, f
         return Ok(NEXT);
     }
     match forward::route(skb.ctx(), p, src, &flow.dst, 0, fib) {
-        forward::result::SUCCESS | forward::result::NO_NEIGH => leave(fib),
+        forward::result::SUCCESS | forward::result::NO_NEIGH => match A::scratch() {
+            Some(Scratch { via, .. }) => leave(fib, via),
+            None => Err(Counter::DropBadMap),
+        },
         _ => Err(Counter::DropNoRoute),
     }
 }

@@ -120,8 +120,8 @@ impl Lab {
         loader
             .override_global(global::JIFFIES_PER_S, &options.jiffies_per_s, true)
             .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
-            .map_max_entries(name::FLOW_CACHE4, (cache_slots * cpus).max(2))
-            .map_max_entries(name::FLOW_CACHE6, (cache_slots * cpus).max(2) / 2)
+            .map_max_entries(name::FLOW_CACHE4, (cache_slots * cpus).max(4))
+            .map_max_entries(name::FLOW_CACHE6, (cache_slots * cpus).max(4) / 4)
             .override_global(global::LOG_LEVEL, &0u8, true)
             .override_global(global::SNAT_PORT_FIRST, &options.snat_ports.0, true)
             .override_global(global::SNAT_PORT_LAST, &options.snat_ports.1, true)

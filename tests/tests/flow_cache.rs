@@ -135,7 +135,7 @@ fn caches_change_nothing_about_any_packet() -> Result<()> {
     }
     let plain = all(0)?;
     ensure!(plain.iter().any(|(action, _)| *action == Action::Tx));
-    for flow_cache in [1024, 8] {
+    for flow_cache in [1024, 16] {
         for (i, (with, without)) in all(flow_cache)?.iter().zip(&plain).enumerate() {
             assert_eq!(with.0, without.0, "packet {i} with {flow_cache} slots");
             assert_frame(&format!("packet {i} with {flow_cache} slots"), &with.1, &without.1);

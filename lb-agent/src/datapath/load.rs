@@ -105,8 +105,8 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
         .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
         .override_global(global::LOG_LEVEL, &log_level, true);
     // A map has one entry at least.
-    let cached = (cache_slots * cpus).max(2);
-    loader.map_max_entries(name::FLOW_CACHE4, cached).map_max_entries(name::FLOW_CACHE6, cached / 2);
+    let cached = (cache_slots * cpus).max(4);
+    loader.map_max_entries(name::FLOW_CACHE4, cached).map_max_entries(name::FLOW_CACHE6, cached / 4);
     for (map, entries) in max_entries(&settings.capacities) {
         loader.map_max_entries(map, entries);
     }
