@@ -3,6 +3,7 @@
 //! * [`packet`] (P1) and [`scale`] (P6): programs run by BPF_PROG_TEST_RUN, on frames that a [`feeder`](insn::feeder)
 //!   makes, interleaved with programs that do nothing ([`measure`]);
 //! * [`size`] and [`paths`] (D1): what does not depend on the machine;
+//! * [`kube_proxy`]: what the kernel's own ways of serving Services are measured with;
 //! * [`control`] (C1 to C5): the agent against a server that lists and watches;
 //! * [`report`] and [`chart`]: what is said of it.
 //!
@@ -13,6 +14,7 @@ pub mod chart;
 pub mod control;
 pub mod docs;
 pub mod insn;
+pub mod kube_proxy;
 pub mod machine;
 pub mod measure;
 pub mod packet;
