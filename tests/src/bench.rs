@@ -13,6 +13,7 @@
 pub mod chart;
 pub mod control;
 pub mod docs;
+pub mod forward;
 pub mod insn;
 pub mod kube_proxy;
 pub mod machine;
@@ -103,16 +104,18 @@ pub enum Part {
     Packet,
     Size,
     Control,
+    Forward,
 }
 
 impl Part {
-    pub const ALL: [Self; 3] = [Self::Packet, Self::Size, Self::Control];
+    pub const ALL: [Self; 4] = [Self::Packet, Self::Size, Self::Control, Self::Forward];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Packet => "packet",
             Self::Size => "size",
             Self::Control => "control",
+            Self::Forward => "forward",
         }
     }
 
@@ -122,6 +125,7 @@ impl Part {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
             Self::Control => &["C1", "C2", "C3", "C4", "C5"],
+            Self::Forward => &["P2", "P3", "P7", "P8", "P9"],
         }
     }
 
@@ -131,6 +135,7 @@ impl Part {
             Self::Packet => [packet::run(effort)?, scale::run(effort)?].concat(),
             Self::Size => size::rows()?,
             Self::Control => control::run(effort, plan.agent.clone())?,
+            Self::Forward => forward::run(plan)?,
         })
     }
 }
