@@ -96,6 +96,7 @@ pub struct Plan {
     pub effort: Effort,
     /// The agent to measure; without it, the one that was built along with this program.
     pub agent: Option<PathBuf>,
+    pub forward: forward::Options,
 }
 
 /// A part of the suite.

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
-use lb_tests::bench::{self, Effort, Part, Plan, report, size};
+use lb_tests::bench::{self, Effort, Part, Plan, forward, report, size};
 
 /// Of the issue that asks for the suite: what a run does not measure, it says.
 const ITEMS: [&str; 19] = [
@@ -12,7 +12,8 @@ const ITEMS: [&str; 19] = [
     "L3", "D1",
 ];
 
-const SMALL: Plan = Plan { effort: Effort::Small, agent: None };
+const SMALL: Plan =
+    Plan { effort: Effort::Small, agent: None, forward: forward::Options { only: Vec::new() } };
 
 #[test]
 fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {

@@ -117,10 +117,10 @@ pub fn lookup<K: bytemuck::Pod, V: bytemuck::Pod>(map: impl AsFd, key: K) -> io:
     Ok(value[0])
 }
 
-/// The first value of an array, as bytes.
-pub fn value(map: impl AsFd, bytes: usize) -> Result<Vec<u8>> {
+/// An element of an array, as bytes; of a per-CPU array, the values of all CPUs.
+pub fn value(map: impl AsFd, key: u32, bytes: usize) -> Result<Vec<u8>> {
     let mut value = vec![0u8; bytes.next_multiple_of(8)];
-    element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), &0u32, value.as_mut_ptr() as u64)
+    element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), &key, value.as_mut_ptr() as u64)
         .context("BPF_MAP_LOOKUP_ELEM")?;
     value.truncate(bytes);
     Ok(value)

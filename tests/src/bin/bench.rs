@@ -3,9 +3,9 @@
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail};
-use lb_tests::bench::{self, Effort, Part, Plan, docs, machine, report, size};
+use lb_tests::bench::{self, Effort, Part, Plan, docs, forward, machine, report, size};
 
-const USAGE: &str = "bench [packet] [size] [control] [forward] [--effort full|short|small] [--agent PROGRAM] [--out DIR] [--docs FILE] [--record WHY]";
+const USAGE: &str = "bench [packet] [size] [control] [forward] [--effort full|short|small] [--agent PROGRAM] [--only ITEM]... [--out DIR] [--docs FILE] [--record WHY]";
 
 struct Options {
     parts: Vec<Part>,
@@ -18,7 +18,7 @@ struct Options {
 fn options() -> Result<Options> {
     let mut options = Options {
         parts: Vec::new(),
-        plan: Plan { effort: Effort::Full, agent: None },
+        plan: Plan { effort: Effort::Full, agent: None, forward: forward::Options::default() },
         out: "target/bench".into(),
         docs: None,
         record: None,
@@ -29,6 +29,7 @@ fn options() -> Result<Options> {
         match arg.as_str() {
             "--effort" => options.plan.effort = value()?.parse()?,
             "--agent" => options.plan.agent = Some(value()?.into()),
+            "--only" => options.plan.forward.only.push(value()?),
             "--out" => options.out = value()?.into(),
             "--docs" => options.docs = Some(value()?.into()),
             "--record" => options.record = Some(value()?),

@@ -7,8 +7,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs,
     os::fd::{AsFd as _, OwnedFd},
-    sync::{Mutex, PoisonError},
-    thread,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -69,6 +68,8 @@ pub struct Path<'a> {
     /// Where the sink is: a device outside, or one of the node if `at_node`.
     sink_at: u32,
     at_node: Option<OwnedFd>,
+    /// What the sink has recorded of each flow.
+    pub table: Option<Arc<OwnedFd>>,
 }
 
 /// Where a path's frames should come out.
@@ -99,7 +100,7 @@ impl<'a> Path<'a> {
                 (at, Some(chain.attach(at, sink.program.as_fd())?))
             }
         };
-        Ok(Self { chain, doors, lane, generator, sink, sink_at, at_node })
+        Ok(Self { chain, doors, lane, generator, sink, sink_at, at_node, table: expect.record.as_ref().map(|(table, _)| table.clone()) })
     }
 
     /// Sends `count` frames; what each cost in ns, and what arrived.
@@ -232,10 +233,15 @@ pub fn row(id: &'static str, what: impl Into<String>, ours: &Times, baseline: Op
     }
 }
 
-/// A name for panics and errors of a thread that does the measuring.
-pub fn on_own_thread<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match thread::spawn(f).join() {
-        Ok(result) => result,
-        Err(_) => anyhow::bail!("the thread of the forwarding benchmark panicked"),
-    }
+/// The ratio of the baseline to ours: what part of the rate of an empty program is left.
+pub fn share(row: Row) -> Row {
+    let ratio = row.baseline.zip(row.ours).map(|(baseline, ours)| baseline / ours);
+    Row { ratio, ..row }
+}
+
+/// The same, which should be at least so much.
+pub fn share_at_least(row: Row, least: f64) -> Row {
+    let row = share(row);
+    let met = row.ratio.map(|ratio| ratio >= least);
+    Row { met, bar: format!("empty redirect / ours >= {least}"), ..row }
 }

@@ -1,0 +1,142 @@
+//! P2 and P3: requests from outside to backends on other nodes, few flows over and over, and many.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_common::verdict::Counter;
+
+use super::{
+    Bench, Node,
+    agent::{self, Agents, Hook},
+    cast::{ACK, Flows},
+    chain::End,
+    run::{self, Exit, Path, Times},
+    stream::{self, Shape},
+};
+use crate::bench::{Effort, report::Row};
+
+const HOT_FLOWS: u32 = 1 << 10;
+const COLD_FLOWS: u32 = 1 << 17;
+const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(10);
+const COLD_SERVICES: u32 = 8_000;
+
+/// Empty redirect / ours, at least.
+const HOT: f64 = 0.88;
+const COLD_WITHOUT_STATE: f64 = 0.75;
+const COLD_WITH_STATE: f64 = 0.55;
+
+pub const UDP4: Shape = Shape { is_v6: false, is_tcp: false };
+pub const UDP6: Shape = Shape { is_v6: true, is_tcp: false };
+
+/// What a node does with requests, ready to be timed.
+pub fn requests<'a>(node: &'a Node<Agents>, lane: usize, flows: &Flows, flags: u8) -> Result<Path<'a>> {
+    let table = stream::table(flows.count)?;
+    let stream = flows.requests(&node.chain, lane, flags);
+    node.path(
+        lane,
+        End::Client,
+        &[&stream],
+        Exit::Outside(End::Server),
+        &flows.translated(lane, Some(&table)),
+    )
+}
+
+/// The same frames, sent on as they are.
+pub fn untouched<'a, T>(node: &'a Node<T>, lane: usize, flows: &Flows, flags: u8, exit: Exit) -> Result<Path<'a>> {
+    let stream = flows.requests(&node.chain, lane, flags);
+    node.path(lane, End::Client, &[&stream], exit, &flows.untouched())
+}
+
+/// Opens the flows of a path and looks at every one of them twice, and waits until XDP has taken over.
+pub fn open(node: &Node<Agents>, path: &Path, flows: u32) -> Result<()> {
+    let sent = || -> Result<()> {
+        path.deliver(flows, true)?;
+        path.deliver(flows, true)?;
+        // The agent learns of its own XDP programs from the kernel; until then tc sends the packets.
+        let left = || node.what.count(Counter::XdpLeftToTc);
+        let deadline = Instant::now() + TAKEN_OVER_WITHIN;
+        while node.what.hook == Hook::Xdp {
+            let before = left()?;
+            path.deliver(flows, true)?;
+            // One packet of each flow and second goes by tc in any case.
+            if left()? - before < u64::from(flows) {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "XDP leaves all packets to tc");
+        }
+        Ok(())
+    };
+    sent().with_context(|| format!("counted: {}\n{}", node.what.counts(), node.what.log()))
+}
+
+/// Rounds in which the data path opens no flow and drops nothing.
+pub fn rounds(bench: &Bench, node: &Node<Agents>, frames: u32, paths: &[&Path]) -> Result<Vec<Times>> {
+    let before = node.what.count(Counter::FlowCreated)?;
+    let times = run::rounds(bench.effort, frames, paths)?;
+    let opened = node.what.count(Counter::FlowCreated)? - before;
+    ensure!(opened == 0, "{opened} flows were opened while established ones were timed");
+    Ok(times)
+}
+
+pub fn hot(bench: &Bench) -> Result<Vec<Row>> {
+    let services = bench.services;
+    let mut rows = Vec::new();
+    for shape in [UDP4, UDP6] {
+        let flows = Flows::new(shape, HOT_FLOWS, services);
+        let what = format!("{}, {HOT_FLOWS} flows, {services} Services", shape.name());
+        let ours = requests(&bench.node, 0, &flows, ACK)?;
+        open(&bench.node, &ours, HOT_FLOWS)?;
+        let gone = untouched(&bench.bare, 0, &flows, ACK, Exit::Entrance)?;
+        let back = untouched(&bench.tx, 0, &flows, ACK, Exit::Outside(End::Client))?;
+        let forth = untouched(&bench.redirect, 0, &flows, ACK, Exit::Outside(End::Server))?;
+        let paths = [&gone, &back, &forth, &ours];
+        paths[..3].iter().try_for_each(|p| p.deliver(HOT_FLOWS, true).map(|_| ()))?;
+        let times = rounds(bench, &bench.node, run::frames(bench.effort), &paths)?;
+        let row = run::row("P2", format!("{what}: XDP"), &times[3], Some(&times[2]));
+        rows.push(if shape.is_v6 { run::share(row) } else { run::share_at_least(row, HOT) });
+        for (what, times) in ["XDP_DROP at the node", "empty XDP_TX"].iter().zip(&times) {
+            rows.push(run::row("P2", format!("{}: {what}", shape.name()), times, None));
+        }
+    }
+    rows.push(by_tc(bench)?);
+    rows.push(Row::missing("P2", "Katran's object in the same chain", "", "no object given (--katran OBJECT)"));
+    Ok(rows)
+}
+
+/// The same without XDP: frames enter the stack.
+fn by_tc(bench: &Bench) -> Result<Row> {
+    let node = agent::node(&bench.program, 1, bench.services, Hook::Tc)?;
+    let flows = Flows::new(UDP4, HOT_FLOWS, bench.services);
+    let ours = requests(&node, 0, &flows, ACK)?;
+    open(&node, &ours, HOT_FLOWS)?;
+    let forth = untouched(&bench.redirect, 0, &flows, ACK, Exit::Outside(End::Server))?;
+    let times = rounds(bench, &node, run::frames(bench.effort) / 4, &[&forth, &ours])?;
+    let what = format!("{}, {HOT_FLOWS} flows, {} Services: tc only", UDP4.name(), bench.services);
+    Ok(run::share(run::row("P2", what, &times[1], Some(&times[0]))))
+}
+
+pub fn cold(bench: &Bench) -> Result<Vec<Row>> {
+    let (count, services) = match bench.effort {
+        Effort::Small => (4096, bench.services),
+        Effort::Full | Effort::Short => (COLD_FLOWS, COLD_SERVICES),
+    };
+    let mut rows = Vec::new();
+    for shape in [UDP4, UDP6] {
+        let flows = Flows::new(shape, count, services);
+        let what = format!("{}, {count} flows, {services} Services: XDP", shape.name());
+        let ours = requests(&bench.node, 0, &flows, ACK)?;
+        open(&bench.node, &ours, count)?;
+        let forth = untouched(&bench.redirect, 0, &flows, ACK, Exit::Outside(End::Server))?;
+        forth.deliver(count, true)?;
+        let times = rounds(bench, &bench.node, run::frames(bench.effort), &[&forth, &ours])?;
+        let row = run::row("P3", what, &times[1], Some(&times[0]));
+        rows.push(if shape.is_v6 { run::share(row) } else { run::share_at_least(row, COLD_WITH_STATE) });
+    }
+    rows.push(Row::missing(
+        "P3",
+        "without flow state",
+        &format!("empty redirect / ours >= {COLD_WITHOUT_STATE}"),
+        "packets in transit always have flow state: their answers need it",
+    ));
+    Ok(rows)
+}
