@@ -25,7 +25,7 @@ use self::{
     run::{Doors, Exit, Path},
     stream::XDP_TX,
 };
-use super::{Effort, Plan, report::Row};
+use super::{Effort, Plan, report::Row, stack};
 use crate::place::sibling;
 
 /// As many CPUs as send at the same time.
@@ -93,6 +93,7 @@ pub struct Bench {
     pub redirect: Node<Vec<OwnedFd>>,
     pub tx: Node<OwnedFd>,
     pub bare: Node<()>,
+    pub stack: stack::Kept,
 }
 
 /// How to run it, beyond what all parts take.
@@ -103,7 +104,8 @@ pub struct Options {
 }
 
 type Item = fn(&Bench) -> Result<Vec<Row>>;
-const ITEMS: [(&str, Item); 2] = [("P2", hot::hot), ("P3", hot::cold)];
+const ITEMS: [(&str, Item); 4] =
+    [("P2", hot::hot), ("P3", hot::cold), ("P4", stack::established), ("P5", stack::fresh)];
 
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
     run::clock_sees_softirqs()?;
@@ -112,7 +114,7 @@ pub fn run(plan: &Plan) -> Result<Vec<Row>> {
     let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
     let node = agent::node(&program, LANES, services, Hook::Xdp)?;
     let (redirect, tx, bare) = (empty_redirect(LANES)?, empty_tx()?, bare()?);
-    let bench = Bench { effort, program, services, node, redirect, tx, bare };
+    let bench = Bench { effort, program, services, node, redirect, tx, bare, stack: stack::Kept::default() };
     let mut rows = Vec::new();
     for (id, item) in ITEMS {
         if plan.forward.only.is_empty() || plan.forward.only.iter().any(|o| o == id) {

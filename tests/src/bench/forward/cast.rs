@@ -169,6 +169,23 @@ impl Flows {
         .field(shape.dport(), Size::Half, Value::Table { word: 1 })
     }
 
+    /// From the Services to the clients, as if the addresses of requests were those of the backends.
+    pub fn turned_round(&self, chain: &Chain, lane: usize, flags: u8) -> Stream {
+        let (shape, pair) = (self.shape, chain.lanes[lane].server);
+        let (addr, port) = self.client();
+        Stream::new(
+            shape,
+            flags,
+            (pair.outside_mac, pair.node_mac),
+            (service_address(self.first_service, shape.is_v6), SERVICE_PORT),
+            (client_address(self.first_client, shape.is_v6), FIRST_PORT),
+        )
+        .flows(self.count, if self.recorded { 0 } else { UNRECORDED })
+        .field(shape.src(), Size::Word, self.service().written())
+        .field(shape.dst(), Size::Word, addr.written())
+        .field(shape.dport(), Size::Half, port.written())
+    }
+
     /// A request as it was sent.
     pub fn untouched(&self) -> Expect {
         let shape = self.shape;

@@ -42,7 +42,13 @@ pub fn requests<'a>(node: &'a Node<Agents>, lane: usize, flows: &Flows, flags: u
 }
 
 /// The same frames, sent on as they are.
-pub fn untouched<'a, T>(node: &'a Node<T>, lane: usize, flows: &Flows, flags: u8, exit: Exit) -> Result<Path<'a>> {
+pub fn untouched<'a, T>(
+    node: &'a Node<T>,
+    lane: usize,
+    flows: &Flows,
+    flags: u8,
+    exit: Exit,
+) -> Result<Path<'a>> {
     let stream = flows.requests(&node.chain, lane, flags);
     node.path(lane, End::Client, &[&stream], exit, &flows.untouched())
 }
@@ -99,7 +105,12 @@ pub fn hot(bench: &Bench) -> Result<Vec<Row>> {
         }
     }
     rows.push(by_tc(bench)?);
-    rows.push(Row::missing("P2", "Katran's object in the same chain", "", "no object given (--katran OBJECT)"));
+    rows.push(Row::missing(
+        "P2",
+        "Katran's object in the same chain",
+        "",
+        "no object given (--katran OBJECT)",
+    ));
     Ok(rows)
 }
 

@@ -26,9 +26,7 @@ fn metadata(name: &str, service: u32, version: u64) -> Value {
 
 pub fn service(n: u32) -> Value {
     let ips = [false, true].map(|is_v6| service_address(n, is_v6).to_string());
-    let port = |protocol: &str| {
-        json!({"name": protocol.to_lowercase(), "port": SERVICE_PORT, "protocol": protocol, "targetPort": BACKEND_PORT})
-    };
+    let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": SERVICE_PORT, "protocol": protocol, "targetPort": BACKEND_PORT});
     json!({
         "metadata": metadata(&format!("svc-{n}"), n, 1),
         "spec": {
@@ -50,7 +48,8 @@ pub fn slice(service: u32, is_v6: bool, endpoints: &[u32], version: u64) -> Valu
             "nodeName": format!("node-{}", index + 2),
         })
     };
-    let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": BACKEND_PORT, "protocol": protocol});
+    let port =
+        |protocol: &str| json!({"name": protocol.to_lowercase(), "port": BACKEND_PORT, "protocol": protocol});
     json!({
         "metadata": metadata(&format!("svc-{service}-{}", family.to_lowercase()), service, version),
         "addressType": family,
