@@ -5,11 +5,14 @@ pub mod agent;
 pub mod cast;
 pub mod chain;
 pub mod code;
+pub mod cores;
 pub mod hot;
 pub mod objects;
+pub mod reverse;
 pub mod run;
 pub mod sink;
 pub mod space;
+pub mod steady;
 pub mod stream;
 
 use std::{
@@ -103,7 +106,14 @@ pub struct Options {
 }
 
 type Item = fn(&Bench) -> Result<Vec<Row>>;
-const ITEMS: [(&str, Item); 2] = [("P2", hot::hot), ("P3", hot::cold)];
+/// In the order that they run: the last one leaves a full flow table.
+const ITEMS: [(&str, Item); 5] = [
+    ("P2", hot::hot),
+    ("P3", hot::cold),
+    ("P7", reverse::run),
+    ("P9", cores::run),
+    ("P8", steady::run),
+];
 
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
     run::clock_sees_softirqs()?;
