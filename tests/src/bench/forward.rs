@@ -5,11 +5,14 @@ pub mod agent;
 pub mod cast;
 pub mod chain;
 pub mod code;
+pub mod cores;
 pub mod hot;
 pub mod objects;
+pub mod reverse;
 pub mod run;
 pub mod sink;
 pub mod space;
+pub mod steady;
 pub mod stream;
 
 use std::{
@@ -104,8 +107,16 @@ pub struct Options {
 }
 
 type Item = fn(&Bench) -> Result<Vec<Row>>;
-const ITEMS: [(&str, Item); 4] =
-    [("P2", hot::hot), ("P3", hot::cold), ("P4", stack::established), ("P5", stack::fresh)];
+/// In the order that they run: the last one leaves a full flow table.
+const ITEMS: [(&str, Item); 7] = [
+    ("P2", hot::hot),
+    ("P3", hot::cold),
+    ("P4", stack::established),
+    ("P5", stack::fresh),
+    ("P7", reverse::run),
+    ("P9", cores::run),
+    ("P8", steady::run),
+];
 
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
     run::clock_sees_softirqs()?;

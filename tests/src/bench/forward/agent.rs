@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
+    net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
     sync::mpsc::{self, Sender},
@@ -10,12 +11,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use lb_common::{LAYOUT_VERSION, maps::name, verdict::Counter};
 use tempfile::TempDir;
 
 use super::{
     Node,
+    cast::service_address,
     chain::Chain,
     objects::{self, ENDPOINTS, NODE},
     run::pin,
@@ -24,7 +26,7 @@ use super::{
 };
 use crate::bench::{
     control::{
-        agent::Agent,
+        agent::{Agent, Maps},
         server::{NODES, SERVICES, SLICES, Server},
     },
     sys,
@@ -38,6 +40,7 @@ pub struct Agents {
     pub hook: Hook,
     server: Server,
     counters: OwnedFd,
+    maps: Maps,
     /// What the agent needs to live: a thread, which ends when this is dropped.
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -66,14 +69,14 @@ impl Agents {
         let (tell, told) = mpsc::channel();
         let (space, program, path) = (chain.node.clone(), program.to_owned(), dir.path().to_owned());
         let thread = thread::spawn(move || match serve(&space, &program, &path, services, hook) {
-            Ok((agent, server, counters)) => {
-                tell.send(Ok((server, counters))).ok();
+            Ok((agent, server, counters, maps)) => {
+                tell.send(Ok((server, counters, maps))).ok();
                 stopped.recv().ok();
                 drop(agent);
             }
             Err(e) => drop(tell.send(Err(e))),
         });
-        let (server, counters) = told.recv().context("the agent's thread ended")??;
+        let (server, counters, maps) = told.recv().context("the agent's thread ended")??;
         // The kernel tells nobody of XDP programs that come by links: with the next event of the device the agent sees its own,
         // and sends by XDP what is to leave by it.
         for device in 0..2 * chain.lanes.len() {
@@ -86,7 +89,7 @@ impl Agents {
                 doors.push(chain.attach(pair.node, pass.as_fd())?);
             }
         }
-        Ok(Self { hook, server, counters, stop: Some(stop), thread: Some(thread), _doors: doors, dir })
+        Ok(Self { hook, server, counters, maps, stop: Some(stop), thread: Some(thread), _doors: doors, dir })
     }
 
     /// What the data path has counted so far.
@@ -110,6 +113,15 @@ impl Agents {
         self.server.send(SLICES, lines)
     }
 
+    /// The IPv4 endpoints of a Service's TCP port, in order.
+    pub fn endpoints(&self, service: u32) -> Result<Vec<IpAddr>> {
+        let IpAddr::V4(ip) = service_address(service, false) else { bail!("not an IPv4 address") };
+        let record = self.maps.record(ip)?;
+        let mut found: Vec<_> = self.maps.endpoints(record)?.into_iter().map(IpAddr::V4).collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
     /// The last lines that the agent logged.
     pub fn log(&self) -> String {
         let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
@@ -125,7 +137,7 @@ fn serve(
     dir: &Path,
     services: u32,
     hook: Hook,
-) -> Result<(Agent, Server, OwnedFd)> {
+) -> Result<(Agent, Server, OwnedFd, Maps)> {
     pin(CPU);
     space.enter()?;
     own_mounts()?;
@@ -144,7 +156,8 @@ fn serve(
     crate::wait_for("the agent to watch EndpointSlices", Duration::from_secs(30), || {
         server.is_watched(SLICES)
     })?;
-    Ok((agent, server, counters))
+    let maps = agent.maps()?;
+    Ok((agent, server, counters, maps))
 }
 
 /// Mounts that end with this thread and the agent.

@@ -117,6 +117,12 @@ impl Flows {
         Self { shape, count, first_service: 0, services, first_client: 0, recorded: true }
     }
 
+    /// Flows of a lane's own clients to its own Services, of which each lane has so many.
+    pub const fn of_lane(shape: Shape, count: u32, services: u32, lane: u32) -> Self {
+        let first_client = 2 * CLIENTS * (lane + 1);
+        Self { shape, count, first_service: lane * services, services, first_client, recorded: true }
+    }
+
     /// Every packet another flow, of other clients: comes round after 16 million.
     pub const fn flood(shape: Shape, services: u32) -> Self {
         let count = PORTS * CLIENTS;

@@ -1,6 +1,10 @@
 //! P2 and P3: requests from outside to backends on other nodes, few flows over and over, and many.
 
-use std::time::{Duration, Instant};
+use std::{
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_common::verdict::Counter;
@@ -28,16 +32,21 @@ const COLD_WITH_STATE: f64 = 0.55;
 pub const UDP4: Shape = Shape { is_v6: false, is_tcp: false };
 pub const UDP6: Shape = Shape { is_v6: true, is_tcp: false };
 
-/// What a node does with requests, ready to be timed.
-pub fn requests<'a>(node: &'a Node<Agents>, lane: usize, flows: &Flows, flags: u8) -> Result<Path<'a>> {
-    let table = stream::table(flows.count)?;
+/// What a node does with requests, ready to be timed; the table gets the backend of each flow.
+pub fn requests<'a>(
+    node: &'a Node<Agents>,
+    lane: usize,
+    flows: &Flows,
+    flags: u8,
+    table: &Arc<OwnedFd>,
+) -> Result<Path<'a>> {
     let stream = flows.requests(&node.chain, lane, flags);
     node.path(
         lane,
         End::Client,
         &[&stream],
         Exit::Outside(End::Server),
-        &flows.translated(lane, Some(&table)),
+        &flows.translated(lane, Some(table)),
     )
 }
 
@@ -75,10 +84,10 @@ pub fn open(node: &Node<Agents>, path: &Path, flows: u32) -> Result<()> {
     sent().with_context(|| format!("counted: {}\n{}", node.what.counts(), node.what.log()))
 }
 
-/// Rounds in which the data path opens no flow and drops nothing.
-pub fn rounds(bench: &Bench, node: &Node<Agents>, frames: u32, paths: &[&Path]) -> Result<Vec<Times>> {
+/// Rounds in which the data path opens no flow.
+pub fn rounds(node: &Node<Agents>, rounds: u32, frames: u32, paths: &[&Path]) -> Result<Vec<Times>> {
     let before = node.what.count(Counter::FlowCreated)?;
-    let times = run::rounds(bench.effort, frames, paths)?;
+    let times = run::rounds(rounds, frames, paths)?;
     let opened = node.what.count(Counter::FlowCreated)? - before;
     ensure!(opened == 0, "{opened} flows were opened while established ones were timed");
     Ok(times)
@@ -90,14 +99,14 @@ pub fn hot(bench: &Bench) -> Result<Vec<Row>> {
     for shape in [UDP4, UDP6] {
         let flows = Flows::new(shape, HOT_FLOWS, services);
         let what = format!("{}, {HOT_FLOWS} flows, {services} Services", shape.name());
-        let ours = requests(&bench.node, 0, &flows, ACK)?;
+        let ours = requests(&bench.node, 0, &flows, ACK, &stream::table(flows.count)?)?;
         open(&bench.node, &ours, HOT_FLOWS)?;
         let gone = untouched(&bench.bare, 0, &flows, ACK, Exit::Entrance)?;
         let back = untouched(&bench.tx, 0, &flows, ACK, Exit::Outside(End::Client))?;
         let forth = untouched(&bench.redirect, 0, &flows, ACK, Exit::Outside(End::Server))?;
         let paths = [&gone, &back, &forth, &ours];
         paths[..3].iter().try_for_each(|p| p.deliver(HOT_FLOWS, true).map(|_| ()))?;
-        let times = rounds(bench, &bench.node, run::frames(bench.effort), &paths)?;
+        let times = rounds(&bench.node, bench.effort.rounds(), run::frames(bench.effort), &paths)?;
         let row = run::row("P2", format!("{what}: XDP"), &times[3], Some(&times[2]));
         rows.push(if shape.is_v6 { run::share(row) } else { run::share_at_least(row, HOT) });
         for (what, times) in ["XDP_DROP at the node", "empty XDP_TX"].iter().zip(&times) {
@@ -118,10 +127,10 @@ pub fn hot(bench: &Bench) -> Result<Vec<Row>> {
 fn by_tc(bench: &Bench) -> Result<Row> {
     let node = agent::node(&bench.program, 1, bench.services, Hook::Tc)?;
     let flows = Flows::new(UDP4, HOT_FLOWS, bench.services);
-    let ours = requests(&node, 0, &flows, ACK)?;
+    let ours = requests(&node, 0, &flows, ACK, &stream::table(flows.count)?)?;
     open(&node, &ours, HOT_FLOWS)?;
     let forth = untouched(&bench.redirect, 0, &flows, ACK, Exit::Outside(End::Server))?;
-    let times = rounds(bench, &node, run::frames(bench.effort) / 4, &[&forth, &ours])?;
+    let times = rounds(&node, bench.effort.rounds(), run::frames(bench.effort) / 4, &[&forth, &ours])?;
     let what = format!("{}, {HOT_FLOWS} flows, {} Services: tc only", UDP4.name(), bench.services);
     Ok(run::share(run::row("P2", what, &times[1], Some(&times[0]))))
 }
@@ -131,16 +140,26 @@ pub fn cold(bench: &Bench) -> Result<Vec<Row>> {
         Effort::Small => (4096, bench.services),
         Effort::Full | Effort::Short => (COLD_FLOWS, COLD_SERVICES),
     };
+    // A flow's first packet in a second goes by tc: runs are longer than a second, so that no more do than in steady traffic.
+    let (rounds_of, frames) = match bench.effort {
+        Effort::Full => (4, 1 << 21),
+        Effort::Short => (1, 1 << 21),
+        Effort::Small => (1, run::frames(bench.effort)),
+    };
     let mut rows = Vec::new();
     for shape in [UDP4, UDP6] {
         let flows = Flows::new(shape, count, services);
         let what = format!("{}, {count} flows, {services} Services: XDP", shape.name());
-        let ours = requests(&bench.node, 0, &flows, ACK)?;
+        let ours = requests(&bench.node, 0, &flows, ACK, &stream::table(flows.count)?)?;
         open(&bench.node, &ours, count)?;
         let forth = untouched(&bench.redirect, 0, &flows, ACK, Exit::Outside(End::Server))?;
         forth.deliver(count, true)?;
-        let times = rounds(bench, &bench.node, run::frames(bench.effort), &[&forth, &ours])?;
-        let row = run::row("P3", what, &times[1], Some(&times[0]));
+        let left = || bench.node.what.count(Counter::XdpLeftToTc);
+        let (before, sent) = (left()?, u64::from(2 * rounds_of * frames));
+        let times = rounds(&bench.node, rounds_of, frames, &[&forth, &ours])?;
+        let by_tc = (left()? - before) as f64 / sent as f64 * 100.0;
+        let row = run::row("P3", what, &times[1], Some(&times[0]))
+            .noted(&format!("{by_tc:.0} % of the packets by tc"));
         rows.push(if shape.is_v6 { run::share(row) } else { run::share_at_least(row, COLD_WITH_STATE) });
     }
     rows.push(Row::missing(

@@ -213,10 +213,10 @@ pub const fn frames(effort: Effort) -> u32 {
     }
 }
 
-/// All paths in turns, forth and back: A B C C B A. Every frame has to arrive; the first ones are looked at in detail.
-pub fn rounds(effort: Effort, frames: u32, paths: &[&Path]) -> Result<Vec<Times>> {
+/// All paths in turns, forth and back: A B C C B A. Every frame has to arrive.
+pub fn rounds(rounds: u32, frames: u32, paths: &[&Path]) -> Result<Vec<Times>> {
     let mut times = vec![Times::default(); paths.len()];
-    for _ in 0..effort.rounds() {
+    for _ in 0..rounds {
         for (path, times) in paths.iter().zip(&mut times) {
             times.there.push(path.deliver(frames, false)?);
         }
