@@ -244,22 +244,30 @@ pub fn test_run(program: impl AsFd, kind: ProgType, frame: &[u8], ifindex: u32, 
 
 /// Attaches an XDP program to a device of the caller's network namespace, in the driver; until the link is dropped.
 pub fn attach_xdp(program: BorrowedFd, ifindex: u32) -> Result<OwnedFd> {
-    /// enum bpf_attach_type.
     const BPF_XDP: u32 = 37;
     const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
+    attach(program, ifindex, BPF_XDP, XDP_FLAGS_DRV_MODE)
+}
+
+/// Attaches a classifier to what comes in by a device of the caller's network namespace (Linux 6.6).
+pub fn attach_tcx(program: BorrowedFd, ifindex: u32) -> Result<OwnedFd> {
+    const BPF_TCX_INGRESS: u32 = 46;
+    attach(program, ifindex, BPF_TCX_INGRESS, 0)
+}
+
+/// `kind`: enum bpf_attach_type.
+fn attach(program: BorrowedFd, ifindex: u32, kind: u32, flags: u32) -> Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         program: u32,
         ifindex: u32,
         attach_type: u32,
         flags: u32,
+        /// Of tcx: relative to no other program.
+        rest: [u32; 4],
     }
-    let mut attr = Attr {
-        program: program.as_raw_fd() as u32,
-        ifindex,
-        attach_type: BPF_XDP,
-        flags: XDP_FLAGS_DRV_MODE,
-    };
+    let program = program.as_raw_fd() as u32;
+    let mut attr = Attr { program, ifindex, attach_type: kind, flags, rest: [0; 4] };
     Ok(owned(bpf(BPF_LINK_CREATE, &mut attr).context("BPF_LINK_CREATE")?))
 }
 

@@ -41,13 +41,7 @@ pub fn requests<'a>(
     table: &Arc<OwnedFd>,
 ) -> Result<Path<'a>> {
     let stream = flows.requests(&node.chain, lane, flags);
-    node.path(
-        lane,
-        End::Client,
-        &[&stream],
-        Exit::Outside(End::Server),
-        &flows.translated(lane, Some(table)),
-    )
+    node.path(lane, End::Client, &[&stream], Exit::Outside(End::Server), &flows.translated(lane, Some(table)))
 }
 
 /// The same frames, sent on as they are.

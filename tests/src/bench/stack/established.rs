@@ -1,5 +1,7 @@
 //! P4: packets of flows that everybody knows.
 
+use std::os::fd::OwnedFd;
+
 use anyhow::{Result, ensure};
 use lb_common::verdict::Counter;
 
@@ -14,9 +16,10 @@ use crate::bench::{
         Bench, Node,
         agent::{self, Agents, Hook},
         cast::{ACK, Flows},
+        chain::End,
         hot::{self, UDP4, UDP6},
-        run::{self, Path, Times},
-        stream::Shape,
+        run::{self, Exit, Path, Times},
+        stream::{self, Shape},
     },
     kube_proxy::Mode,
     report::Row,
@@ -43,7 +46,8 @@ pub fn established(bench: &Bench) -> Result<Vec<Row>> {
     let [nft, iptables] = bench.stack.rules(bench.services)?;
     let tc = agent::node(&bench.program, 1, bench.services, Hook::Tc)?;
     let (plain, tracked) = (Kernel::forwarding(Way::Plain)?, Kernel::forwarding(Way::Conntrack)?);
-    let all = Nodes { bench, tc: &tc, plain: &plain, tracked: &tracked, nft };
+    let floor = kernel::empty_tc();
+    let all = Nodes { bench, tc: &tc, plain: &plain, tracked: &tracked, nft, floor: floor.as_ref().ok() };
     let mut rows = all.rows(UDP4, bench.services, Some(iptables))?;
     rows.extend(all.rows(UDP6, bench.services.min(SERVICES_V6), None)?);
     for kernel in [nft, iptables] {
@@ -51,6 +55,10 @@ pub fn established(bench: &Bench) -> Result<Vec<Row>> {
             let what = format!("{} with its rules for {} made in", mode.name(), at(bench));
             rows.push(Row::value("P4", what, "s", kernel.loaded_in.as_secs_f64()));
         }
+    }
+    if let Err(e) = floor {
+        let why = format!("no tcx here (Linux 6.6): {e:#}");
+        rows.push(Row::missing("P4", "empty redirect by tc", "", &why));
     }
     rows.push(no_kube_proxy("P4"));
     Ok(rows)
@@ -62,6 +70,8 @@ struct Nodes<'a> {
     plain: &'a Kernel,
     tracked: &'a Kernel,
     nft: &'a Kernel,
+    /// What is left of tc when its program does nothing but send on.
+    floor: Option<&'a Node<Vec<OwnedFd>>>,
 }
 
 impl Nodes<'_> {
@@ -71,7 +81,7 @@ impl Nodes<'_> {
         let kernels: Vec<_> = [self.plain, self.tracked, self.nft].into_iter().chain(iptables).collect();
         let mut paths = Vec::new();
         for node in [&bench.node, self.tc] {
-            let path = hot::requests(node, 0, &flows, ACK)?;
+            let path = hot::requests(node, 0, &flows, ACK, &stream::table(flows.count)?)?;
             hot::open(node, &path, flows.count)?;
             kernel::answer(node, &path, &flows)?;
             paths.push(path);
@@ -79,6 +89,11 @@ impl Nodes<'_> {
         for kernel in &kernels {
             let path = kernel.requests(&flows)?;
             kernel.open(&path, &flows)?;
+            paths.push(path);
+        }
+        if let Some(floor) = self.floor.filter(|_| iptables.is_some()) {
+            let path = hot::untouched(floor, 0, &flows, ACK, Exit::Outside(End::Server))?;
+            path.deliver(flows.count, true)?;
             paths.push(path);
         }
         let times = self.timed(&paths.iter().collect::<Vec<_>>())?;
@@ -100,6 +115,9 @@ impl Nodes<'_> {
             rows.push(times_cheaper(row("XDP, against iptables", xdp, Some(iptables)), name, None));
             rows.push(times_cheaper(row("tc, against iptables", tc, Some(iptables)), name, None));
         }
+        if let Some(floor) = times.get(6) {
+            rows.push(row("tc, against an empty redirect by tc", tc, Some(floor)));
+        }
         rows.push(row("forwarding with conntrack, against plain", tracked, Some(plain)));
         Ok(rows)
     }
@@ -111,7 +129,7 @@ impl Nodes<'_> {
             Ok(by(&self.bench.node)? + by(self.tc)?)
         };
         let before = opened()?;
-        let times = run::rounds(self.bench.effort, frames(self.bench.effort), paths)?;
+        let times = run::rounds(self.bench.effort.rounds(), frames(self.bench.effort), paths)?;
         let new = opened()? - before;
         ensure!(new == 0, "{new} flows were opened while established ones were timed");
         Ok(times)

@@ -13,6 +13,7 @@ use crate::bench::{
         chain::End,
         hot::{self, UDP4},
         run::{self, Exit, Path, Times},
+        stream,
     },
     report::Row,
 };
@@ -46,7 +47,8 @@ pub fn fresh(bench: &Bench) -> Result<Vec<Row>> {
     let mut timed = Vec::new();
     for node in &nodes {
         let known = Flows::new(UDP4, SEEN, bench.services);
-        hot::open(node, &hot::requests(node, 0, &known, ACK)?, SEEN)?;
+        let path = hot::requests(node, 0, &known, ACK, &stream::table(SEEN)?)?;
+        hot::open(node, &path, SEEN)?;
         let stream = flows.requests(&node.chain, 0, ACK);
         let exit = Exit::Outside(End::Server);
         timed.push((node.path(0, End::Client, &[&stream], exit, &flows.translated(0, None))?, ours));

@@ -21,6 +21,7 @@ use crate::{
             stream,
         },
         kube_proxy::{self, Cluster, Mode, Proto, Service},
+        sys::{self, ProgType},
     },
     place::Family,
 };
@@ -79,9 +80,7 @@ impl Kernel {
             // Services are routed, as on nodes with a default route: what is not translated goes on.
             chain.route_to(0, End::Server, SERVICES4, SERVICES6)?;
             set_up(chain)?;
-            let pass = stream::verdict(stream::XDP_PASS)?;
-            let lane = &chain.lanes[0];
-            [lane.client.node, lane.server.node].map(|d| chain.attach(d, pass.as_fd())).into_iter().collect()
+            passing(chain)
         })?;
         Ok(Self { way, node, loaded_in: started.elapsed() })
     }
@@ -139,6 +138,23 @@ impl Kernel {
         };
         self.node.chain.node.run(|| Ok([read("nf_conntrack_count")?, read("nf_conntrack_max")?]))
     }
+}
+
+/// A node where a program without anything to do sends frames on once they are in the stack (Linux 6.6).
+pub fn empty_tc() -> Result<Node<Vec<OwnedFd>>> {
+    Node::new(1, |chain| {
+        let lane = &chain.lanes[0];
+        let mut links = passing(chain)?;
+        let program = sys::load(ProgType::SchedCls, &stream::redirect(lane.server.node))?;
+        links.push(chain.node.run(|| sys::attach_tcx(program.as_fd(), lane.client.node))?);
+        Ok(links)
+    })
+}
+
+/// Lets frames into the stack of a node.
+fn passing(chain: &Chain) -> Result<Vec<OwnedFd>> {
+    let (pass, lane) = (stream::verdict(stream::XDP_PASS)?, &chain.lanes[0]);
+    [lane.client.node, lane.server.node].map(|d| chain.attach(d, pass.as_fd())).into_iter().collect()
 }
 
 /// More flows have no record at the sink.
