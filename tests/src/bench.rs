@@ -127,7 +127,7 @@ impl Part {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
             Self::Control => &["C1", "C2", "C3", "C4", "C5"],
-            Self::Forward => &["P2", "P3", "P4", "P5", "P7", "P8", "P9"],
+            Self::Forward => &["P2", "P3", "P4", "P5", "P7", "P8", "P9", "L3"],
         }
     }
 

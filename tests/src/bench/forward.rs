@@ -108,11 +108,12 @@ pub struct Options {
 
 type Item = fn(&Bench) -> Result<Vec<Row>>;
 /// In the order that they run: the last one leaves a full flow table.
-const ITEMS: [(&str, Item); 7] = [
+const ITEMS: [(&str, Item); 8] = [
     ("P2", hot::hot),
     ("P3", hot::cold),
     ("P4", stack::established),
     ("P5", stack::fresh),
+    ("L3", stack::first_packet),
     ("P7", reverse::run),
     ("P9", cores::run),
     ("P8", steady::run),

@@ -1,10 +1,11 @@
-//! P4 and P5: the kernel's own ways to forward and to serve Services, beside the agent's programs, in the chain of
+//! P4, P5 and L3: the kernel's own ways to forward and to serve Services, beside the agent's programs, in the chain of
 //! [`forward`](super::forward) and at the same number of Services and endpoints.
 //!
 //! Whatever goes through the stack enters it in the same way: by an XDP program on the node's first device that passes
 //! every frame on. Clients are outside the cluster, so kube-proxy's rules masquerade, as the agent's programs do.
 
 mod established;
+mod first_packet;
 mod fresh;
 mod kernel;
 
@@ -13,6 +14,7 @@ use std::sync::OnceLock;
 use anyhow::Result;
 
 pub use established::established;
+pub use first_packet::first_packet;
 pub use fresh::fresh;
 use kernel::Kernel;
 

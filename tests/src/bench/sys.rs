@@ -286,8 +286,9 @@ pub fn replace(link: &OwnedFd, program: BorrowedFd) -> Result<()> {
     Ok(())
 }
 
-/// Runs an XDP program `repeat` times on a frame, and does with the frames what it says.
-pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32) -> Result<()> {
+/// Runs an XDP program `repeat` times on a frame, and does with the frames what it says, after so many of them at once (0: as
+/// many as the kernel likes).
+pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32, batch: u32) -> Result<()> {
     const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
     #[repr(C)]
     #[derive(Default)]
@@ -315,6 +316,7 @@ pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32) -> Result<()> {
         data_in: address(frame),
         repeat,
         flags: BPF_F_TEST_XDP_LIVE_FRAMES,
+        batch,
         ..Attr::default()
     };
     bpf(BPF_PROG_TEST_RUN, &mut attr).context("BPF_PROG_TEST_RUN with live frames")?;

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -52,9 +52,10 @@ impl Doors {
         Ok(Self { links: Mutex::new(links) })
     }
 
-    fn put(&self, ifindex: u32, sink: &Sink) -> Result<()> {
+    /// Puts a program at the outer end of a device, in place of the one before.
+    pub fn put(&self, ifindex: u32, program: BorrowedFd) -> Result<()> {
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        sys::replace(links.get(&ifindex).context("no such device outside")?, sink.program.as_fd())
+        sys::replace(links.get(&ifindex).context("no such device outside")?, program)
     }
 }
 
@@ -115,7 +116,7 @@ impl<'a> Path<'a> {
     /// Sends `count` frames; what each cost in ns, and what arrived.
     pub fn send(&self, count: u32, verify: bool) -> Result<(f64, Arrived)> {
         if self.at_node.is_none() {
-            self.doors.put(self.sink_at, &self.sink)?;
+            self.doors.put(self.sink_at, self.sink.program.as_fd())?;
         }
         self.sink.reset(verify)?;
         let ns = self.chain.outside.run(|| {
