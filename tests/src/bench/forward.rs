@@ -6,6 +6,8 @@ pub mod cast;
 pub mod chain;
 pub mod code;
 pub mod cores;
+pub mod device;
+pub mod generate;
 pub mod hot;
 pub mod objects;
 pub mod reverse;
@@ -92,6 +94,7 @@ pub struct Bench {
     pub effort: Effort,
     pub program: PathBuf,
     pub services: u32,
+    pub katran: Option<PathBuf>,
     pub node: Node<Agents>,
     pub redirect: Node<Vec<OwnedFd>>,
     pub tx: Node<OwnedFd>,
@@ -103,26 +106,36 @@ pub struct Bench {
 pub struct Options {
     /// Only these items; empty: all.
     pub only: Vec<String>,
+    /// Measure on this device instead.
+    pub device: Option<device::Device>,
+    /// Katran's balancer, to stand beside ours.
+    pub katran: Option<PathBuf>,
+}
+
+impl Options {
+    /// Everything, in the chain of devices.
+    pub const NONE: Self = Self { only: Vec::new(), device: None, katran: None };
 }
 
 type Item = fn(&Bench) -> Result<Vec<Row>>;
 /// In the order that they run: the last one leaves a full flow table.
-const ITEMS: [(&str, Item); 5] = [
-    ("P2", hot::hot),
-    ("P3", hot::cold),
-    ("P7", reverse::run),
-    ("P9", cores::run),
-    ("P8", steady::run),
-];
+const ITEMS: [(&str, Item); 5] =
+    [("P2", hot::hot), ("P3", hot::cold), ("P7", reverse::run), ("P9", cores::run), ("P8", steady::run)];
 
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
+    let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
+    if let Some(device) = &plan.forward.device {
+        let mut rows = device::run(plan, &program, device)?;
+        rows.extend(ITEMS[1..].iter().map(|(id, _)| Row::missing(id, "", "", "not measured on a device")));
+        return Ok(rows);
+    }
     run::clock_sees_softirqs()?;
     let effort = plan.effort;
     let services = if effort == Effort::Small { 20 } else { 10_000 };
-    let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
     let node = agent::node(&program, LANES, services, Hook::Xdp)?;
     let (redirect, tx, bare) = (empty_redirect(LANES)?, empty_tx()?, bare()?);
-    let bench = Bench { effort, program, services, node, redirect, tx, bare };
+    let katran = plan.forward.katran.clone();
+    let bench = Bench { effort, program, services, katran, node, redirect, tx, bare };
     let mut rows = Vec::new();
     for (id, item) in ITEMS {
         if plan.forward.only.is_empty() || plan.forward.only.iter().any(|o| o == id) {

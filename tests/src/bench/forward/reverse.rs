@@ -45,9 +45,7 @@ pub fn run(bench: &Bench) -> Result<Vec<Row>> {
         rows.push(row.ratio_at_most(REPLY_TO_REQUEST));
     }
     for [v4, v6] in over.as_chunks::<2>().0 {
-        for (what, v4_ns, v6_ns) in
-            [("requests", v4.request, v6.request), ("replies", v4.reply, v6.reply)]
-        {
+        for (what, v4_ns, v6_ns) in [("requests", v4.request, v6.request), ("replies", v4.reply, v6.reply)] {
             let l4 = if v4.shape.is_tcp { "TCP" } else { "UDP" };
             let what = format!("{l4} {what}: IPv6 against IPv4, above an empty redirect");
             rows.push(Row::value("P7", what, "ns", v6_ns).against(v4_ns).ratio_at_most(V6_TO_V4));

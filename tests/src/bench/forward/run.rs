@@ -100,7 +100,16 @@ impl<'a> Path<'a> {
                 (at, Some(chain.attach(at, sink.program.as_fd())?))
             }
         };
-        Ok(Self { chain, doors, lane, generator, sink, sink_at, at_node, table: expect.record.as_ref().map(|(table, _)| table.clone()) })
+        Ok(Self {
+            chain,
+            doors,
+            lane,
+            generator,
+            sink,
+            sink_at,
+            at_node,
+            table: expect.record.as_ref().map(|(table, _)| table.clone()),
+        })
     }
 
     /// Sends `count` frames; what each cost in ns, and what arrived.

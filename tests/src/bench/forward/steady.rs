@@ -78,7 +78,7 @@ impl Changes {
         let n = self.sent;
         // By turns a Service with an established flow, and one without.
         let measured = self.services.min(FLOWS);
-        let is_measured = n % 2 == 0 || self.services <= FLOWS;
+        let is_measured = n.is_multiple_of(2) || self.services <= FLOWS;
         let service =
             if is_measured { n / 2 % measured } else { measured + n / 2 % (self.services - measured) };
         let slice = objects::slice(service, false, &self.endpoints(service, n), self.version);
@@ -168,7 +168,12 @@ fn settle(bench: &Bench, changes: &Changes, last: Option<u32>) -> Result<()> {
 }
 
 /// Every other packet is one of a flow that nobody has seen before.
-fn flood(bench: &Bench, flows: &Flows, path: &Path, table: &std::sync::Arc<std::os::fd::OwnedFd>) -> Result<Vec<Row>> {
+fn flood(
+    bench: &Bench,
+    flows: &Flows,
+    path: &Path,
+    table: &std::sync::Arc<std::os::fd::OwnedFd>,
+) -> Result<Vec<Row>> {
     let frames = run::frames(bench.effort);
     let rounds = bench.effort.rounds().min(5);
     let lane = &bench.node.chain;
@@ -183,9 +188,7 @@ fn flood(bench: &Bench, flows: &Flows, path: &Path, table: &std::sync::Arc<std::
     let (mut busy, mut after, mut fate, mut arrived_new) =
         (Times::default(), Times::default(), Fate::default(), 0);
     for _ in 0..rounds {
-        for (busy, after) in
-            [(&mut busy.there, &mut after.there), (&mut busy.back, &mut after.back)]
-        {
+        for (busy, after) in [(&mut busy.there, &mut after.there), (&mut busy.back, &mut after.back)] {
             let (ns, arrived) = mixed.send(2 * frames, true)?;
             fate.add(frames.into(), arrived);
             arrived_new += arrived.unrecorded;
@@ -195,10 +198,16 @@ fn flood(bench: &Bench, flows: &Flows, path: &Path, table: &std::sync::Arc<std::
     }
     let (opened, refused) = (opened()? - before, full()? - before_full);
     // So that nobody takes a flood that never was for one that did no harm.
-    ensure!(opened > 0 && arrived_new == opened, "{opened} flows opened, {arrived_new} of their packets arrived");
+    ensure!(
+        opened > 0 && arrived_new == opened,
+        "{opened} flows opened, {arrived_new} of their packets arrived"
+    );
     let note = format!("{opened} flows opened, {refused} refused: table full");
     let mut rows = fate.rows("a flood of new flows");
-    rows.push(run::share(run::row("P8", "a flood: half of the packets of new flows", &busy, Some(&quiet))).noted(&note));
+    rows.push(
+        run::share(run::row("P8", "a flood: half of the packets of new flows", &busy, Some(&quiet)))
+            .noted(&note),
+    );
     let what = "established flows between waves of it, the flow table as the flood left it";
     let row = run::share(run::row("P8", what, &after, Some(&quiet)));
     let met = row.ratio.map(|ratio| ratio >= OF_QUIET);
