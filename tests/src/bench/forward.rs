@@ -6,6 +6,8 @@ pub mod cast;
 pub mod chain;
 pub mod code;
 pub mod cores;
+pub mod device;
+pub mod generate;
 pub mod hot;
 pub mod objects;
 pub mod reverse;
@@ -92,6 +94,7 @@ pub struct Bench {
     pub effort: Effort,
     pub program: PathBuf,
     pub services: u32,
+    pub katran: Option<PathBuf>,
     pub node: Node<Agents>,
     pub redirect: Node<Vec<OwnedFd>>,
     pub tx: Node<OwnedFd>,
@@ -104,6 +107,15 @@ pub struct Bench {
 pub struct Options {
     /// Only these items; empty: all.
     pub only: Vec<String>,
+    /// Measure on this device instead.
+    pub device: Option<device::Device>,
+    /// Katran's balancer, to stand beside ours.
+    pub katran: Option<PathBuf>,
+}
+
+impl Options {
+    /// Everything, in the chain of devices.
+    pub const NONE: Self = Self { only: Vec::new(), device: None, katran: None };
 }
 
 type Item = fn(&Bench) -> Result<Vec<Row>>;
@@ -120,13 +132,20 @@ const ITEMS: [(&str, Item); 8] = [
 ];
 
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
+    let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
+    if let Some(device) = &plan.forward.device {
+        let mut rows = device::run(plan, &program, device)?;
+        rows.extend(ITEMS[1..].iter().map(|(id, _)| Row::missing(id, "", "", "not measured on a device")));
+        return Ok(rows);
+    }
     run::clock_sees_softirqs()?;
     let effort = plan.effort;
     let services = if effort == Effort::Small { 20 } else { 10_000 };
-    let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
     let node = agent::node(&program, LANES, services, Hook::Xdp)?;
     let (redirect, tx, bare) = (empty_redirect(LANES)?, empty_tx()?, bare()?);
-    let bench = Bench { effort, program, services, node, redirect, tx, bare, stack: stack::Kept::default() };
+    let katran = plan.forward.katran.clone();
+    let bench =
+        Bench { effort, program, services, katran, node, redirect, tx, bare, stack: stack::Kept::default() };
     let mut rows = Vec::new();
     for (id, item) in ITEMS {
         if plan.forward.only.is_empty() || plan.forward.only.iter().any(|o| o == id) {

@@ -30,6 +30,7 @@ const BPF_LINK_UPDATE: libc::c_long = 29;
 pub enum MapType {
     Array = 2,
     ProgArray = 3,
+    PerCpuArray = 6,
 }
 
 /// enum bpf_prog_type, as far as it is used here, with the attach type that aya loads such programs with.

@@ -12,13 +12,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use lb_common::{LAYOUT_VERSION, maps::name, verdict::Counter};
+use lb_common::{LAYOUT_VERSION, frontend::ServiceStats, maps::name, verdict::Counter};
 use tempfile::TempDir;
 
 use super::{
     Node,
     cast::service_address,
-    chain::Chain,
     objects::{self, ENDPOINTS, NODE},
     run::pin,
     space::Space,
@@ -40,12 +39,13 @@ pub struct Agents {
     pub hook: Hook,
     server: Server,
     counters: OwnedFd,
+    stats: OwnedFd,
     maps: Maps,
     /// What the agent needs to live: a thread, which ends when this is dropped.
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
     /// Programs that let frames into the stack where the agent has none: a veth takes redirected frames only so.
-    _doors: Vec<OwnedFd>,
+    doors: Vec<OwnedFd>,
     // Last: removed when the agent and its mounts are gone.
     dir: TempDir,
 }
@@ -59,43 +59,76 @@ pub enum Hook {
 
 /// A node with an agent that knows `services` Services.
 pub fn node(program: &Path, lanes: u8, services: u32, hook: Hook) -> Result<Node<Agents>> {
-    Node::new(lanes, |chain| Agents::start(program, chain, services, hook))
+    let all: Vec<u32> = (0..ENDPOINTS).collect();
+    let slices = (0..services).flat_map(|s| [(s, false), (s, true)]);
+    let told = Told {
+        services: (0..services).map(|s| objects::service(s).to_string()).collect(),
+        slices: slices.map(|(s, is_v6)| objects::slice(s, is_v6, &all, 1).to_string()).collect(),
+        options: vec![
+            "--external-device=d*".into(),
+            if hook == Hook::Xdp { "--xdp=native" } else { "--xdp=off" }.into(),
+        ],
+    };
+    Node::new(lanes, |chain| {
+        let mut agents = Agents::start(program, Some(chain.node.clone()), hook, told)?;
+        // The kernel tells nobody of XDP programs that come by links: with the next event of the device the agent sees its own,
+        // and sends by XDP what is to leave by it.
+        for device in 0..2 * lanes {
+            chain.node.ip(&[format!("link set d{device} alias bench")])?;
+        }
+        if hook == Hook::Tc {
+            let pass = stream::verdict(stream::XDP_PASS)?;
+            for pair in chain.lanes.iter().flat_map(|l| [l.client, l.server]) {
+                agents.doors.push(chain.attach(pair.node, pass.as_fd())?);
+            }
+        }
+        Ok(agents)
+    })
+}
+
+/// What an agent is started with: objects as text, and options.
+pub struct Told {
+    pub services: Vec<String>,
+    pub slices: Vec<String>,
+    pub options: Vec<String>,
 }
 
 impl Agents {
-    fn start(program: &Path, chain: &Chain, services: u32, hook: Hook) -> Result<Self> {
+    /// Starts one in a namespace, or where the caller is, and waits until it has programmed everything.
+    pub fn start(program: &Path, space: Option<Space>, hook: Hook, told: Told) -> Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
         let (stop, stopped) = mpsc::channel();
-        let (tell, told) = mpsc::channel();
-        let (space, program, path) = (chain.node.clone(), program.to_owned(), dir.path().to_owned());
-        let thread = thread::spawn(move || match serve(&space, &program, &path, services, hook) {
-            Ok((agent, server, counters, maps)) => {
-                tell.send(Ok((server, counters, maps))).ok();
+        let (tell, ready) = mpsc::channel();
+        let (program, path) = (program.to_owned(), dir.path().to_owned());
+        let thread = thread::spawn(move || match serve(space.as_ref(), &program, &path, told) {
+            Ok((agent, running)) => {
+                tell.send(Ok(running)).ok();
                 stopped.recv().ok();
                 drop(agent);
             }
             Err(e) => drop(tell.send(Err(e))),
         });
-        let (server, counters, maps) = told.recv().context("the agent's thread ended")??;
-        // The kernel tells nobody of XDP programs that come by links: with the next event of the device the agent sees its own,
-        // and sends by XDP what is to leave by it.
-        for device in 0..2 * chain.lanes.len() {
-            chain.node.ip(&[format!("link set d{device} alias bench")])?;
+        let Running { server, counters, stats, maps } =
+            ready.recv().context("the agent's thread ended")??;
+        let (stop, thread) = (Some(stop), Some(thread));
+        Ok(Self { hook, server, counters, stats, maps, stop, thread, doors: Vec::new(), dir })
+    }
+
+    /// Packets of the first Services that XDP has translated so far.
+    pub fn xdp_packets(&self, services: u32) -> Result<u64> {
+        let mut sum = 0;
+        for service in 0..services {
+            let stats = sys::value(&self.stats, service, cpus()? * size_of::<ServiceStats>())?;
+            let of_cpus: &[ServiceStats] =
+                bytemuck::try_cast_slice(&stats).map_err(|e| anyhow!("statistics of a Service: {e}"))?;
+            sum += of_cpus.iter().map(|s| s.xdp_packets).sum::<u64>();
         }
-        let mut doors = Vec::new();
-        if hook == Hook::Tc {
-            let pass = stream::verdict(stream::XDP_PASS)?;
-            for pair in chain.lanes.iter().flat_map(|l| [l.client, l.server]) {
-                doors.push(chain.attach(pair.node, pass.as_fd())?);
-            }
-        }
-        Ok(Self { hook, server, counters, maps, stop: Some(stop), thread: Some(thread), _doors: doors, dir })
+        Ok(sum)
     }
 
     /// What the data path has counted so far.
     pub fn count(&self, counter: Counter) -> Result<u64> {
-        let cpus = aya::util::nr_cpus().map_err(|(file, e)| anyhow!("{file}: {e}"))?;
-        let bytes = sys::value(&self.counters, counter as u32, cpus * 8)?;
+        let bytes = sys::value(&self.counters, counter as u32, cpus()? * 8)?;
         Ok(bytes.chunks_exact(8).map(|c| c.try_into().map_or(0, u64::from_ne_bytes)).sum())
     }
 
@@ -130,34 +163,40 @@ impl Agents {
     }
 }
 
-/// Starts server and agent in the namespace, and waits until the agent has programmed everything.
-fn serve(
-    space: &Space,
-    program: &Path,
-    dir: &Path,
-    services: u32,
-    hook: Hook,
-) -> Result<(Agent, Server, OwnedFd, Maps)> {
+/// CPUs that per-CPU maps have values for.
+pub fn cpus() -> Result<usize> {
+    aya::util::nr_cpus().map_err(|(file, e)| anyhow!("{file}: {e}"))
+}
+
+/// What is left to others when the agent runs.
+struct Running {
+    server: Server,
+    counters: OwnedFd,
+    stats: OwnedFd,
+    maps: Maps,
+}
+
+/// Starts server and agent, and waits until the agent has programmed everything.
+fn serve(space: Option<&Space>, program: &Path, dir: &Path, told: Told) -> Result<(Agent, Running)> {
     pin(CPU);
-    space.enter()?;
+    if let Some(space) = space {
+        space.enter()?;
+    }
     own_mounts()?;
-    let all: Vec<u32> = (0..ENDPOINTS).collect();
-    let slices = (0..services).flat_map(|s| [(s, false), (s, true)]);
     let server = Server::start(HashMap::from([
-        (SERVICES, (0..services).map(|s| objects::service(s).to_string()).collect()),
-        (SLICES, slices.map(|(s, is_v6)| objects::slice(s, is_v6, &all, 1).to_string()).collect()),
+        (SERVICES, told.services),
+        (SLICES, told.slices),
         (NODES, vec![objects::node().to_string()]),
     ]))?;
-    let xdp = if hook == Hook::Xdp { "--xdp=native" } else { "--xdp=off" };
-    let options = ["--external-device=d*", xdp];
+    let options: Vec<&str> = told.options.iter().map(String::as_str).collect();
     let mut agent = Agent::start_with(program, dir, server.address, NODE, &options)?;
     agent.ready()?;
-    let counters = sys::pinned(&dir.join(format!("bpf/v{LAYOUT_VERSION}/maps")).join(name::COUNTERS))?;
+    let map = |name: &str| sys::pinned(&dir.join(format!("bpf/v{LAYOUT_VERSION}/maps")).join(name));
+    let (counters, stats, maps) = (map(name::COUNTERS)?, map(name::SERVICE_STATS)?, agent.maps()?);
     crate::wait_for("the agent to watch EndpointSlices", Duration::from_secs(30), || {
         server.is_watched(SLICES)
     })?;
-    let maps = agent.maps()?;
-    Ok((agent, server, counters, maps))
+    Ok((agent, Running { server, counters, stats, maps }))
 }
 
 /// Mounts that end with this thread and the agent.

@@ -1,7 +1,7 @@
 //! Who sends what to whom: addresses of clients, Services and backends, and the streams of packets between them.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
     sync::Arc,
 };
@@ -277,4 +277,20 @@ const fn ttl(shape: Shape, hops: u8) -> Same {
     } else {
         Same { offset: 22, value: (hops as u16) << 8 | shape.protocol() as u16 }
     }
+}
+
+/// Flows of one client, which differ in its port, to one address.
+pub fn from_one_client(
+    shape: Shape,
+    flows: u32,
+    macs: ([u8; 6], [u8; 6]),
+    from: IpAddr,
+    to: SocketAddr,
+) -> Stream {
+    let port = Part { base: FIRST_PORT.into(), shift: 0, mask: PORTS - 1, modulo: 0 };
+    Stream::new(shape, ACK, macs, (from, FIRST_PORT), (to.ip(), to.port())).flows(flows, 0).field(
+        shape.sport(),
+        Size::Half,
+        port.written(),
+    )
 }

@@ -2,6 +2,8 @@
 //! the first thousand also a TCP port: each port's endpoints are backends of their own, and the agent's maps hold 131,072 of
 //! them by default.
 
+use std::net::SocketAddr;
+
 use serde_json::{Value, json};
 
 use super::cast::{BACKEND_PORT, SERVICE_PORT, backend_address, service_address};
@@ -64,4 +66,33 @@ pub fn node() -> Value {
         "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]},
         "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.1"}]},
     })
+}
+
+/// One Service at an address of its own, with one endpoint: as text, with its EndpointSlice.
+pub fn single(target: SocketAddr, backend: SocketAddr) -> (String, String) {
+    let (ip, family) = (target.ip().to_string(), if target.is_ipv6() { "IPv6" } else { "IPv4" });
+    let ports = |port: u16| {
+        let one = |p: &str| json!({"name": p.to_lowercase(), "port": port, "protocol": p, "targetPort": backend.port()});
+        vec![one("UDP"), one("TCP")]
+    };
+    let service = json!({
+        "metadata": metadata("svc-0", 0, 1),
+        "spec": {
+            "clusterIP": ip, "clusterIPs": [ip], "ipFamilies": [family], "ipFamilyPolicy": "SingleStack",
+            "internalTrafficPolicy": "Cluster", "sessionAffinity": "None", "type": "ClusterIP",
+            "ports": ports(target.port()),
+        },
+        "status": {"loadBalancer": {}},
+    });
+    let slice = json!({
+        "metadata": metadata("svc-0-slice", 0, 1),
+        "addressType": family,
+        "endpoints": [{
+            "addresses": [backend.ip().to_string()],
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+            "nodeName": "node-2",
+        }],
+        "ports": ports(backend.port()),
+    });
+    (service.to_string(), slice.to_string())
 }

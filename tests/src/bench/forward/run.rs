@@ -8,6 +8,8 @@ use std::{
     fs,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -33,6 +35,9 @@ pub fn pin(cpu: usize) {
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set);
     }
 }
+
+/// Frames that have not arrived by then, after the last one was sent, will not.
+const PUT_OFF: Duration = Duration::from_millis(100);
 
 /// Programs at the outer ends of a chain's devices. A veth takes redirected frames only while its peer has one.
 pub struct Doors {
@@ -126,7 +131,19 @@ impl<'a> Path<'a> {
             self.generator.send(count)?;
             Ok((processor_ns(cpu)? - before) as f64 / f64::from(count))
         })?;
-        Ok((ns, self.sink.arrived()?))
+        Ok((ns, self.arrived(count)?))
+    }
+
+    /// What has arrived; waits for what a busy CPU has put off.
+    fn arrived(&self, count: u32) -> Result<Arrived> {
+        let deadline = Instant::now() + PUT_OFF;
+        loop {
+            let arrived = self.sink.arrived()?;
+            if arrived.all() >= count.into() || Instant::now() > deadline {
+                return Ok(arrived);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Sends `count` frames, which all have to arrive as they should be; what each cost in ns.

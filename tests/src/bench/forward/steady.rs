@@ -78,7 +78,7 @@ impl Changes {
         let n = self.sent;
         // By turns a Service with an established flow, and one without.
         let measured = self.services.min(FLOWS);
-        let is_measured = n % 2 == 0 || self.services <= FLOWS;
+        let is_measured = n.is_multiple_of(2) || self.services <= FLOWS;
         let service =
             if is_measured { n / 2 % measured } else { measured + n / 2 % (self.services - measured) };
         let slice = objects::slice(service, false, &self.endpoints(service, n), self.version);
