@@ -23,7 +23,8 @@ fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
         ensure!(row.ours.is_some() || !row.note.is_empty(), "not measured, and nobody says why: {row:?}");
         ensure!(row.ours.is_none_or(f64::is_finite), "{row:?}");
     }
-    for id in ["P1", "P2", "P3", "P6", "P7", "P8", "P9", "C1", "C2", "C3", "C4", "C5", "D1"] {
+    for id in ["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9", "C1", "C2", "C3", "C4", "C5", "L3", "D1"]
+    {
         ensure!(rows.iter().any(|r| r.id == id && r.met.is_some()), "{id} has no bar");
     }
     let dir = tempfile::tempdir()?;
@@ -33,7 +34,7 @@ fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
     for key in ["id", "what", "ours", "baseline", "ratio", "bar", "met", "rounds", "spread"] {
         ensure!(json.iter().all(|row| row.get(key).is_some()), "no {key}");
     }
-    for file in ["results.csv", "p1.svg", "p2.svg", "p6.svg"] {
+    for file in ["results.csv", "p1.svg", "p2.svg", "p4.svg", "p6.svg"] {
         ensure!(dir.path().join(file).is_file(), "no {file}");
     }
     Ok(())
