@@ -25,7 +25,9 @@ fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
     }
     for id in ["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9", "C1", "C2", "C3", "C4", "C5", "L3", "D1"]
     {
-        ensure!(rows.iter().any(|r| r.id == id && r.met.is_some()), "{id} has no bar");
+        // Two CPUs are measured where there are two.
+        let is_there = id != "P9" || std::thread::available_parallelism()?.get() > 1;
+        ensure!(!is_there || rows.iter().any(|r| r.id == id && r.met.is_some()), "{id} has no bar");
     }
     let dir = tempfile::tempdir()?;
     report::write(&rows, dir.path())?;

@@ -131,11 +131,18 @@ const ITEMS: [(&str, Item); 8] = [
     ("P8", steady::run),
 ];
 
+/// The row of an item that this run leaves out.
+fn left_out(id: &'static str, note: &str) -> Row {
+    let item = super::ITEMS.iter().find(|(i, ..)| *i == id);
+    let (what, bar) = item.map_or(("", ""), |(_, what, bar)| (*what, *bar));
+    Row::missing(id, what, bar, note)
+}
+
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
     let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
     if let Some(device) = &plan.forward.device {
         let mut rows = device::run(plan, &program, device)?;
-        rows.extend(ITEMS[1..].iter().map(|(id, _)| Row::missing(id, "", "", "not measured on a device")));
+        rows.extend(ITEMS[1..].iter().map(|(id, _)| left_out(id, "not measured on a device")));
         return Ok(rows);
     }
     run::clock_sees_softirqs()?;
@@ -151,7 +158,7 @@ pub fn run(plan: &Plan) -> Result<Vec<Row>> {
         if plan.forward.only.is_empty() || plan.forward.only.iter().any(|o| o == id) {
             rows.extend(item(&bench).with_context(|| id)?);
         } else {
-            rows.push(Row::missing(id, "", "", "not asked for in this run"));
+            rows.push(left_out(id, "not asked for in this run"));
         }
     }
     Ok(rows)
