@@ -78,6 +78,9 @@ struct Forward {
     /// Katran's balancer (BPF ELF object), to stand beside ours
     #[arg(long, value_name = "OBJECT")]
     katran: Option<String>,
+    /// kube-proxy's program, to stand beside the rules that the suite writes; it is told the Services by the suite
+    #[arg(long, value_name = "BINARY")]
+    kube_proxy: Option<String>,
 }
 
 impl Forward {
@@ -88,6 +91,7 @@ impl Forward {
             ("--device-target", &self.device_target),
             ("--device-backend", &self.device_backend),
             ("--katran", &self.katran),
+            ("--kube-proxy", &self.kube_proxy),
         ];
         let given = options.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value.clone()?]));
         ["forward".to_owned()].into_iter().chain(only).chain(given.flatten()).collect()
