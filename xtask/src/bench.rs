@@ -34,7 +34,7 @@ enum Part {
         #[arg(long, value_name = "WHY")]
         record: Option<String>,
     },
-    /// Packets from device to device, beside empty programs (P2, P3, P7 to P9)
+    /// Packets from device to device, beside empty programs and the kernel (P2 to P5, P7 to P9, L3)
     Forward(Forward),
     /// Send packets of many flows by a device, for `forward --device` on another host; measures nothing
     Generate {
