@@ -203,7 +203,7 @@ fn rules_of_kube_proxy_lead_to_every_endpoint_ipv6() -> Result<()> {
 /// More Services than come in one transaction.
 #[test]
 fn every_service_of_many_is_in_the_rules() -> Result<()> {
-    let services = kube_proxy::services(Family::V4, Proto::Udp, 900, 2);
+    let services = kube_proxy::services(Family::V4, Proto::Udp, 1_100, 2);
     let cluster = Cluster::bench(Family::V4, IpAddr::from([192, 0, 2, 1]));
     let mut janitor = Janitor::start()?;
     let name = format!("lbkp-{}-many", std::process::id());
