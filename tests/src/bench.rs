@@ -3,6 +3,7 @@
 //! * [`packet`] (P1) and [`scale`] (P6): programs run by BPF_PROG_TEST_RUN, on frames that a [`feeder`](insn::feeder)
 //!   makes, interleaved with programs that do nothing ([`measure`]);
 //! * [`size`] and [`paths`] (D1): what does not depend on the machine;
+//! * [`kube_proxy`]: what the kernel's own ways of serving Services are measured with;
 //! * [`control`] (C1 to C5): the agent against a server that lists and watches;
 //! * [`report`] and [`chart`]: what is said of it.
 //!
@@ -12,7 +13,9 @@
 pub mod chart;
 pub mod control;
 pub mod docs;
+pub mod forward;
 pub mod insn;
+pub mod kube_proxy;
 pub mod machine;
 pub mod measure;
 pub mod packet;
@@ -20,6 +23,7 @@ pub mod paths;
 pub mod report;
 pub mod scale;
 pub mod size;
+pub mod stack;
 pub mod sys;
 pub mod traffic;
 
@@ -93,6 +97,7 @@ pub struct Plan {
     pub effort: Effort,
     /// The agent to measure; without it, the one that was built along with this program.
     pub agent: Option<PathBuf>,
+    pub forward: forward::Options,
 }
 
 /// A part of the suite.
@@ -101,16 +106,18 @@ pub enum Part {
     Packet,
     Size,
     Control,
+    Forward,
 }
 
 impl Part {
-    pub const ALL: [Self; 3] = [Self::Packet, Self::Size, Self::Control];
+    pub const ALL: [Self; 4] = [Self::Packet, Self::Size, Self::Control, Self::Forward];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Packet => "packet",
             Self::Size => "size",
             Self::Control => "control",
+            Self::Forward => "forward",
         }
     }
 
@@ -120,6 +127,7 @@ impl Part {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
             Self::Control => &["C1", "C2", "C3", "C4", "C5"],
+            Self::Forward => &["P2", "P3", "P4", "P5", "P7", "P8", "P9", "L3"],
         }
     }
 
@@ -129,6 +137,7 @@ impl Part {
             Self::Packet => [packet::run(effort)?, scale::run(effort)?].concat(),
             Self::Size => size::rows()?,
             Self::Control => control::run(effort, plan.agent.clone())?,
+            Self::Forward => forward::run(plan)?,
         })
     }
 }
