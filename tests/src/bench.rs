@@ -4,12 +4,14 @@
 //!   makes, interleaved with programs that do nothing ([`measure`]);
 //! * [`size`] and [`paths`] (D1): what does not depend on the machine;
 //! * [`control`] (C1 to C5): the agent against a server that lists and watches;
+//! * [`connect`] (L1, L2, C6): connections through real sockets;
 //! * [`report`] and [`chart`]: what is said of it.
 //!
 //! Nothing here judges a time in a test: tests run all of it in a small form and look at what was measured, not how fast
 //! it was.
 
 pub mod chart;
+pub mod connect;
 pub mod control;
 pub mod docs;
 pub mod insn;
@@ -101,16 +103,18 @@ pub enum Part {
     Packet,
     Size,
     Control,
+    Connect,
 }
 
 impl Part {
-    pub const ALL: [Self; 3] = [Self::Packet, Self::Size, Self::Control];
+    pub const ALL: [Self; 4] = [Self::Packet, Self::Size, Self::Control, Self::Connect];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Packet => "packet",
             Self::Size => "size",
             Self::Control => "control",
+            Self::Connect => "connect",
         }
     }
 
@@ -120,6 +124,7 @@ impl Part {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
             Self::Control => &["C1", "C2", "C3", "C4", "C5"],
+            Self::Connect => &["C6", "L1", "L2"],
         }
     }
 
@@ -129,6 +134,7 @@ impl Part {
             Self::Packet => [packet::run(effort)?, scale::run(effort)?].concat(),
             Self::Size => size::rows()?,
             Self::Control => control::run(effort, plan.agent.clone())?,
+            Self::Connect => connect::run(effort, plan.agent.clone())?,
         })
     }
 }

@@ -1,0 +1,125 @@
+//! L1, L2 and C6: connections through real sockets, between pods of one node.
+//!
+//! Every way to a server is a node of its own, at the same time as all the others, with two pods on routed veth devices
+//! and a [`pair`] of client and server in them. Rounds go through all of them and back, so that what drifts on the
+//! machine is the same for each; a second node without any proxy shows what the comparison is worth.
+
+pub mod pair;
+pub mod restart;
+pub mod rounds;
+pub mod worker;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+
+use self::{
+    pair::{PORT, Pair, direct, pods},
+    rounds::{Kind, measure},
+};
+use super::{Effort, report::Row};
+use crate::{
+    cluster::{Cluster, Layout, Options},
+    manifests::{Endpoint, Service, nodes},
+    place::{Family, Pair as Addresses},
+};
+
+/// Of our agents, beside the one that is measured.
+const SERVICES: u32 = 10_000;
+
+/// What stands between client and server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Nothing, and the server's own address.
+    Direct,
+    /// The same on another node.
+    DirectAgain,
+    /// Our agent with hooks at sockets.
+    Sockets,
+    /// Our agent with programs at devices only.
+    Packets,
+}
+
+impl Way {
+    pub fn name(self) -> String {
+        match self {
+            Self::Direct => "direct".into(),
+            Self::DirectAgain => "direct on another node (noise of the comparison)".into(),
+            Self::Sockets => "socket hooks".into(),
+            Self::Packets => "packet path".into(),
+        }
+    }
+}
+
+/// A pair and its way.
+pub struct Route {
+    pub way: Way,
+    pub pair: Pair,
+}
+
+pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
+    let is_debug = agent.is_none();
+    let mut ours = ours(effort, agent)?;
+    let plain = Cluster::new(Options::new(Layout::PointToPoint))?;
+    let mut routes = Vec::new();
+    for (number, way) in [(1, Way::Direct), (2, Way::DirectAgain)] {
+        let node = plain.node(number);
+        routes.push(Route { way, pair: Pair::start(node, direct(node)?, number)? });
+    }
+    for (number, way) in [(1, Way::Sockets), (2, Way::Packets)] {
+        let to = measured(&ours, number)?.cluster_ip(Family::V4);
+        routes.push(Route { way, pair: Pair::start(ours.node(number), to, 10 + number)? });
+    }
+    let mut rows = measure(effort, Kind::Connections, &mut routes)?;
+    rows.extend(measure(effort, Kind::Requests, &mut routes)?);
+    drop(routes);
+    plain.finish()?;
+    rows.extend(restart::run(effort, &mut ours).with_context(|| ours.logs())?);
+    ours.finish()?;
+    if is_debug {
+        rows = rows.into_iter().map(|row| row.noted("debug build of the agent")).collect();
+    }
+    Ok(rows)
+}
+
+/// A cluster with our agents: hooks at sockets on node1, programs at devices only on node2.
+fn ours(effort: Effort, agent: Option<PathBuf>) -> Result<Cluster> {
+    let mut cluster = Cluster::new(Options { agent, ..Options::new(Layout::PointToPoint) })?;
+    cluster.manifests.write("nodes", &nodes(cluster.nodes.iter().map(|n| &n.place)))?;
+    cluster.manifests.write("others", &others(effort.at_most(SERVICES, 10)))?;
+    for number in [1, 2] {
+        let service = measured(&cluster, number)?;
+        cluster.manifests.write(&service.name, &service.documents())?;
+    }
+    for number in [1, 2] {
+        cluster.restart_agent(number, &[flag(number)])?;
+    }
+    Ok(cluster)
+}
+
+/// Whose sockets the agent of a node serves.
+pub const fn flag(number: u8) -> &'static str {
+    if number == 1 { "--socket-lb=all" } else { "--socket-lb=off" }
+}
+
+/// The Service that leads to the server of a node.
+fn measured(cluster: &Cluster, number: u8) -> Result<Service> {
+    let (server, _) = pods(cluster.node(number))?;
+    let endpoint = Endpoint::at(server.addrs, &cluster.node(number).place.name, PORT);
+    let mut service = Service::new(&format!("measured-{number}"), number, vec![endpoint]);
+    // One family, TCP and UDP: see `others`.
+    service.port = 80;
+    Ok(service)
+}
+
+/// Services that nobody asks.
+fn others(count: u32) -> Vec<serde_json::Value> {
+    let of = |i: u32| {
+        let [.., high, low] = i.to_be_bytes();
+        let ips = Addresses::new(&format!("10.97.{high}.{low}"), &format!("fd00:10:97::{i:x}"));
+        let pod = Addresses::new(&format!("10.245.{high}.{low}"), &format!("fd00:10:245::{i:x}"));
+        let endpoint = Endpoint::at(pod, "elsewhere", PORT);
+        Service { cluster_ips: ips, ..Service::new(&format!("other-{i}"), 0, vec![endpoint]) }.documents()
+    };
+    (0..count).flat_map(of).collect()
+}
