@@ -63,7 +63,13 @@ impl Agent {
             .stdout(output.try_clone()?)
             .stderr(output);
         let child = command.spawn().context("cannot start lb-agent")?;
-        Ok(Self { child, log: log.to_owned(), program, place: node.place.clone(), state_dir: node.state_dir() })
+        Ok(Self {
+            child,
+            log: log.to_owned(),
+            program,
+            place: node.place.clone(),
+            state_dir: node.state_dir(),
+        })
     }
 
     /// Waits until everything known at start is programmed.

@@ -3,6 +3,7 @@
 //! * [`packet`] (P1) and [`scale`] (P6): programs run by BPF_PROG_TEST_RUN, on frames that a [`feeder`](insn::feeder)
 //!   makes, interleaved with programs that do nothing ([`measure`]);
 //! * [`size`] and [`paths`] (D1): what does not depend on the machine;
+//! * [`kube_proxy`]: what the kernel's own ways of serving Services are measured with;
 //! * [`control`] (C1 to C5): the agent against a server that lists and watches;
 //! * [`connect`] (L1, L2, C6): connections through real sockets;
 //! * [`report`] and [`chart`]: what is said of it.
@@ -14,7 +15,9 @@ pub mod chart;
 pub mod connect;
 pub mod control;
 pub mod docs;
+pub mod forward;
 pub mod insn;
+pub mod kube_proxy;
 pub mod machine;
 pub mod measure;
 pub mod packet;
@@ -103,17 +106,19 @@ pub enum Part {
     Packet,
     Size,
     Control,
+    Forward,
     Connect,
 }
 
 impl Part {
-    pub const ALL: [Self; 4] = [Self::Packet, Self::Size, Self::Control, Self::Connect];
+    pub const ALL: [Self; 5] = [Self::Packet, Self::Size, Self::Control, Self::Forward, Self::Connect];
 
     pub const fn name(self) -> &'static str {
         match self {
             Self::Packet => "packet",
             Self::Size => "size",
             Self::Control => "control",
+            Self::Forward => "forward",
             Self::Connect => "connect",
         }
     }
@@ -124,6 +129,7 @@ impl Part {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
             Self::Control => &["C1", "C2", "C3", "C4", "C5"],
+            Self::Forward => &["P2", "P3", "P7", "P8", "P9"],
             Self::Connect => &["C6", "L1", "L2"],
         }
     }
@@ -134,6 +140,7 @@ impl Part {
             Self::Packet => [packet::run(effort)?, scale::run(effort)?].concat(),
             Self::Size => size::rows()?,
             Self::Control => control::run(effort, plan.agent.clone())?,
+            Self::Forward => forward::run(plan)?,
             Self::Connect => connect::run(effort, plan.agent.clone())?,
         })
     }

@@ -24,41 +24,41 @@ impl Insn {
     pub const fn new(code: u8, dst: u8, src: u8, offset: i16, imm: i32) -> Self {
         Self { code, registers: dst | src << 4, offset, imm }
     }
-    const fn mov(dst: u8, imm: i32) -> Self {
+    pub const fn mov(dst: u8, imm: i32) -> Self {
         Self::new(0xb7, dst, 0, 0, imm)
     }
-    const fn mov_reg(dst: u8, src: u8) -> Self {
+    pub const fn mov_reg(dst: u8, src: u8) -> Self {
         Self::new(0xbf, dst, src, 0, 0)
     }
-    const fn add(dst: u8, imm: i32) -> Self {
+    pub const fn add(dst: u8, imm: i32) -> Self {
         Self::new(0x07, dst, 0, 0, imm)
     }
-    const fn and(dst: u8, imm: i32) -> Self {
+    pub const fn and(dst: u8, imm: i32) -> Self {
         Self::new(0x57, dst, 0, 0, imm)
     }
-    const fn shift_right(dst: u8, bits: i32) -> Self {
+    pub const fn shift_right(dst: u8, bits: i32) -> Self {
         Self::new(0x77, dst, 0, 0, bits)
     }
-    const fn multiply(dst: u8, imm: i32) -> Self {
+    pub const fn multiply(dst: u8, imm: i32) -> Self {
         Self::new(0x27, dst, 0, 0, imm)
     }
-    const fn modulo(dst: u8, imm: i32) -> Self {
+    pub const fn modulo(dst: u8, imm: i32) -> Self {
         Self::new(0x97, dst, 0, 0, imm)
     }
     /// To network byte order.
-    const fn be(dst: u8, bits: i32) -> Self {
+    pub const fn be(dst: u8, bits: i32) -> Self {
         Self::new(0xdc, dst, 0, 0, bits)
     }
-    const fn load(size: Size, dst: u8, src: u8, offset: i16) -> Self {
+    pub const fn load(size: Size, dst: u8, src: u8, offset: i16) -> Self {
         Self::new(0x61 | size as u8, dst, src, offset, 0)
     }
-    const fn store(size: Size, dst: u8, src: u8, offset: i16) -> Self {
+    pub const fn store(size: Size, dst: u8, src: u8, offset: i16) -> Self {
         Self::new(0x63 | size as u8, dst, src, offset, 0)
     }
-    const fn store_imm(size: Size, dst: u8, offset: i16, imm: i32) -> Self {
+    pub const fn store_imm(size: Size, dst: u8, offset: i16, imm: i32) -> Self {
         Self::new(0x62 | size as u8, dst, 0, offset, imm)
     }
-    const fn jump_if_at_least(dst: u8, src: u8, offset: i16) -> Self {
+    pub const fn jump_if_at_least(dst: u8, src: u8, offset: i16) -> Self {
         Self::new(0x3d, dst, src, offset, 0)
     }
     pub const fn call(helper: i32) -> Self {
@@ -91,7 +91,7 @@ impl Insn {
         Self::new(0xdb, dst, src, offset, 0)
     }
     /// The address of the first value of an array (BPF_PSEUDO_MAP_VALUE).
-    fn map_value(dst: u8, map: BorrowedFd) -> [Self; 2] {
+    pub fn map_value(dst: u8, map: BorrowedFd) -> [Self; 2] {
         [Self::new(0x18, dst, 2, 0, map.as_raw_fd()), Self::new(0, 0, 0, 0, 0)]
     }
 }
@@ -136,7 +136,7 @@ pub fn touching(kind: ProgType) -> Vec<Insn> {
 }
 
 /// r6 = context, r7 = the frame, of which `bytes` may be used.
-fn bounds(kind: ProgType, bytes: i32) -> Vec<Insn> {
+pub fn bounds(kind: ProgType, bytes: i32) -> Vec<Insn> {
     let (data, end) = match kind {
         ProgType::Xdp => (0, 4),
         ProgType::SchedCls => (76, 80),
@@ -166,7 +166,7 @@ pub struct Field {
 }
 
 /// An odd number: multiplied by it, consecutive numbers go through all flows in an order that no prefetcher guesses.
-const STRIDE: i32 = 0x2545_f491;
+pub const STRIDE: i32 = 0x2545_f491;
 
 /// Writes the headers of `frame` anew, with the fields of the next of `flows` (a power of two) flows, and jumps to the
 /// program in `programs`. `counter` is an array of one u64.
@@ -211,7 +211,7 @@ pub fn feeder(
 }
 
 /// Up to four bytes of the frame.
-fn restore(offset: usize, bytes: &[u8]) -> Vec<Insn> {
+pub fn restore(offset: usize, bytes: &[u8]) -> Vec<Insn> {
     match *bytes {
         [a, b, c, d] => {
             vec![Insn::store_imm(Size::Word, 7, offset as i16, i32::from_ne_bytes([a, b, c, d]))]

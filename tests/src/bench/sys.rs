@@ -21,6 +21,8 @@ const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
 
 /// enum bpf_map_type, as far as it is used here.
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +115,21 @@ pub fn lookup<K: bytemuck::Pod, V: bytemuck::Pod>(map: impl AsFd, key: K) -> io:
     let mut value = [V::zeroed()];
     element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), &key, value.as_mut_ptr() as u64)?;
     Ok(value[0])
+}
+
+/// The first value of an array, as bytes.
+pub fn value(map: impl AsFd, bytes: usize) -> Result<Vec<u8>> {
+    let mut value = vec![0u8; bytes.next_multiple_of(8)];
+    element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), &0u32, value.as_mut_ptr() as u64)
+        .context("BPF_MAP_LOOKUP_ELEM")?;
+    value.truncate(bytes);
+    Ok(value)
+}
+
+/// Writes the first value of an array, which is as long as `value` and a multiple of eight bytes.
+pub fn set_value(map: impl AsFd, value: &[u8]) -> Result<()> {
+    element(BPF_MAP_UPDATE_ELEM, map.as_fd(), &0u32, address(value)).context("BPF_MAP_UPDATE_ELEM")?;
+    Ok(())
 }
 
 /// A pinned map.
@@ -223,4 +240,75 @@ pub fn test_run(program: impl AsFd, kind: ProgType, frame: &[u8], ifindex: u32, 
     bpf(BPF_PROG_TEST_RUN, &mut attr).context("BPF_PROG_TEST_RUN")?;
     out.truncate(attr.bytes_out as usize);
     Ok(Ran { code: attr.code as i32, frame: out, ns: f64::from(attr.duration) })
+}
+
+/// Attaches an XDP program to a device of the caller's network namespace, in the driver; until the link is dropped.
+pub fn attach_xdp(program: BorrowedFd, ifindex: u32) -> Result<OwnedFd> {
+    /// enum bpf_attach_type.
+    const BPF_XDP: u32 = 37;
+    const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
+    #[repr(C)]
+    struct Attr {
+        program: u32,
+        ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let mut attr = Attr {
+        program: program.as_raw_fd() as u32,
+        ifindex,
+        attach_type: BPF_XDP,
+        flags: XDP_FLAGS_DRV_MODE,
+    };
+    Ok(owned(bpf(BPF_LINK_CREATE, &mut attr).context("BPF_LINK_CREATE")?))
+}
+
+/// Puts another program into a link.
+pub fn replace(link: &OwnedFd, program: BorrowedFd) -> Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: u32,
+        program: u32,
+        flags: u32,
+        old: u32,
+    }
+    let mut attr =
+        Attr { link: link.as_raw_fd() as u32, program: program.as_raw_fd() as u32, flags: 0, old: 0 };
+    bpf(BPF_LINK_UPDATE, &mut attr).context("BPF_LINK_UPDATE")?;
+    Ok(())
+}
+
+/// Runs an XDP program `repeat` times on a frame, and does with the frames what it says.
+pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32) -> Result<()> {
+    const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attr {
+        program: u32,
+        code: u32,
+        bytes_in: u32,
+        bytes_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        context_bytes_in: u32,
+        context_bytes_out: u32,
+        context_in: u64,
+        context_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch: u32,
+        _pad: u32,
+    }
+    let mut attr = Attr {
+        program: program.as_raw_fd() as u32,
+        bytes_in: u32::try_from(frame.len())?,
+        data_in: address(frame),
+        repeat,
+        flags: BPF_F_TEST_XDP_LIVE_FRAMES,
+        ..Attr::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut attr).context("BPF_PROG_TEST_RUN with live frames")?;
+    Ok(())
 }

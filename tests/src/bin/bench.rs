@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf, process::ExitCode};
 use anyhow::{Context as _, Result, bail};
 use lb_tests::bench::{self, Effort, Part, Plan, docs, machine, report, size};
 
-const USAGE: &str = "bench [packet] [size] [control] [--effort full|short|small] [--agent PROGRAM] [--out DIR] [--docs FILE] [--record WHY]";
+const USAGE: &str = "bench [packet] [size] [control] [forward] [--effort full|short|small] [--agent PROGRAM] [--out DIR] [--docs FILE] [--record WHY]";
 
 struct Options {
     parts: Vec<Part>,

@@ -23,11 +23,8 @@ pub const PORT: u16 = 9000;
 
 /// Many ports, used again without waiting for the end of TIME_WAIT (RFC 6191 says why that is safe), and an end soon
 /// where nobody answers.
-const CLIENT: [(&str, &str); 3] = [
-    ("ipv4/ip_local_port_range", "10000 65000"),
-    ("ipv4/tcp_tw_reuse", "1"),
-    ("ipv4/tcp_syn_retries", "2"),
-];
+const CLIENT: [(&str, &str); 3] =
+    [("ipv4/ip_local_port_range", "10000 65000"), ("ipv4/tcp_tw_reuse", "1"), ("ipv4/tcp_syn_retries", "2")];
 
 /// A client in one pod and a server in the other; ended when dropped.
 pub struct Pair {

@@ -1,4 +1,9 @@
 //! C6.
+use crate::{
+    bench::{Effort, report::Row},
+    cluster::Cluster,
+};
 use anyhow::Result;
-use crate::{bench::{Effort, report::Row}, cluster::Cluster};
-pub fn run(_effort: Effort, _ours: &mut Cluster) -> Result<Vec<Row>> { Ok(vec![]) }
+pub fn run(_effort: Effort, _ours: &mut Cluster) -> Result<Vec<Row>> {
+    Ok(vec![])
+}

@@ -75,8 +75,7 @@ struct Figure {
     of: fn(&Sample) -> f64,
 }
 
-const RATE: Figure =
-    Figure { what: "connections on one processor", unit: "/s", of: |s| 1e9 / s.wall_ns };
+const RATE: Figure = Figure { what: "connections on one processor", unit: "/s", of: |s| 1e9 / s.wall_ns };
 const CPU: Figure = Figure { what: "CPU per connection", unit: "ns", of: |s| s.cpu_ns };
 const P50: Figure = Figure { what: "p50", unit: "ns", of: |s| s.p50_ns };
 const P99: Figure = Figure { what: "p99", unit: "ns", of: |s| s.p99_ns };
