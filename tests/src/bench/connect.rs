@@ -9,7 +9,7 @@ pub mod restart;
 pub mod rounds;
 pub mod worker;
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 
@@ -17,15 +17,21 @@ use self::{
     pair::{PORT, Pair, direct, pods},
     rounds::{Kind, measure},
 };
-use super::{Effort, report::Row};
+use super::{
+    Effort,
+    kube_proxy::{self, Mode, Proto},
+    report::Row,
+};
 use crate::{
-    cluster::{Cluster, Layout, Options},
+    cluster::{Cluster, Layout, Node, Options},
     manifests::{Endpoint, Service, nodes},
     place::{Family, Pair as Addresses},
 };
 
 /// Of our agents, beside the one that is measured.
 const SERVICES: u32 = 10_000;
+/// Of kube-proxy's rules, that one included.
+const RULES: [u32; 3] = [10, 1_000, 10_000];
 
 /// What stands between client and server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +44,8 @@ pub enum Way {
     Sockets,
     /// Our agent with programs at devices only.
     Packets,
+    /// Rules as kube-proxy has them for so many Services.
+    Rules(Mode, u32),
 }
 
 impl Way {
@@ -47,6 +55,7 @@ impl Way {
             Self::DirectAgain => "direct on another node (noise of the comparison)".into(),
             Self::Sockets => "socket hooks".into(),
             Self::Packets => "packet path".into(),
+            Self::Rules(mode, services) => format!("{}, {services} Services", mode.name()),
         }
     }
 }
@@ -60,26 +69,56 @@ pub struct Route {
 pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
     let is_debug = agent.is_none();
     let mut ours = ours(effort, agent)?;
-    let plain = Cluster::new(Options::new(Layout::PointToPoint))?;
-    let mut routes = Vec::new();
-    for (number, way) in [(1, Way::Direct), (2, Way::DirectAgain)] {
-        let node = plain.node(number);
-        routes.push(Route { way, pair: Pair::start(node, direct(node)?, number)? });
+    let (mut plain, mut routes) = (Vec::new(), Vec::new());
+    for ways in ways(effort) {
+        let cluster = Cluster::new(Options::new(Layout::PointToPoint))?;
+        for (number, way) in [1, 2].into_iter().zip(ways) {
+            routes.push(baseline(cluster.node(number), way, routes.len() as u8)?);
+        }
+        plain.push(cluster);
     }
     for (number, way) in [(1, Way::Sockets), (2, Way::Packets)] {
         let to = measured(&ours, number)?.cluster_ip(Family::V4);
-        routes.push(Route { way, pair: Pair::start(ours.node(number), to, 10 + number)? });
+        routes.push(Route { way, pair: Pair::start(ours.node(number), to, 100 + number)? });
     }
     let mut rows = measure(effort, Kind::Connections, &mut routes)?;
+    // An open connection does not go through the rules again, however many there are.
+    routes.retain(|route| !matches!(route.way, Way::Rules(_, services) if services > RULES[0]));
     rows.extend(measure(effort, Kind::Requests, &mut routes)?);
     drop(routes);
-    plain.finish()?;
+    for cluster in plain {
+        cluster.finish()?;
+    }
     rows.extend(restart::run(effort, &mut ours).with_context(|| ours.logs())?);
     ours.finish()?;
     if is_debug {
         rows = rows.into_iter().map(|row| row.noted("debug build of the agent")).collect();
     }
     Ok(rows)
+}
+
+/// Those without an agent, two nodes of a cluster each; the direct one first.
+fn ways(effort: Effort) -> Vec<[Way; 2]> {
+    let rules = |services| Mode::ALL.map(|mode| Way::Rules(mode, services));
+    let numbers: &[u32] = if effort == Effort::Small { &RULES[..1] } else { &RULES };
+    [[Way::Direct, Way::DirectAgain]].into_iter().chain(numbers.iter().map(|n| rules(*n))).collect()
+}
+
+/// A pair on a node without an agent. Rules lead to the server from the Service in the middle of all, as half of a real
+/// cluster's are before it in iptables' order.
+fn baseline(node: &Node, way: Way, mark: u8) -> Result<Route> {
+    let server = direct(node)?;
+    let mut to = server;
+    if let Way::Rules(mode, count) = way {
+        let mut services = kube_proxy::services(Family::V4, Proto::Tcp, count, 1);
+        let middle = &mut services[count as usize / 2];
+        middle.endpoints = vec![server];
+        to = SocketAddr::new(middle.cluster_ip, middle.port);
+        let cluster = kube_proxy::Cluster::bench(Family::V4, node.place.addrs.v4.into());
+        let rules = kube_proxy::rules(mode, &cluster, &services);
+        node.place.netns.run(|| kube_proxy::load(&rules))?.with_context(|| way.name())?;
+    }
+    Ok(Route { way, pair: Pair::start(node, to, mark)? })
 }
 
 /// A cluster with our agents: hooks at sockets on node1, programs at devices only on node2.
