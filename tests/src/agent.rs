@@ -38,17 +38,21 @@ pub struct Agent {
 
 impl Agent {
     /// Starts the agent of a node. It reads the manifests unless a flag names another source.
-    pub fn start(
+    pub fn start(node: &Node, log: &Path, manifests: &Manifests, flags: &[String]) -> anyhow::Result<Self> {
+        Self::start_build(&sibling("lb-agent")?, node, log, manifests, flags)
+    }
+
+    /// The same with another build of it.
+    pub fn start_build(
+        program: &Path,
         node: &Node,
-        program: Option<&Path>,
         log: &Path,
         manifests: &Manifests,
         flags: &[String],
     ) -> anyhow::Result<Self> {
-        let program = program.map_or_else(|| sibling("lb-agent"), |p| Ok(p.to_owned()))?;
         let output =
             File::options().create(true).append(true).open(log).context("cannot open the agent's log")?;
-        let mut command = node.place.command(&program)?;
+        let mut command = node.place.command(program)?;
         command.arg("run");
         if !flags.iter().any(|f| f.starts_with("--source=")) {
             command.arg(format!("--source=manifests:{}", manifests.dir().display()));
@@ -66,7 +70,7 @@ impl Agent {
         Ok(Self {
             child,
             log: log.to_owned(),
-            program,
+            program: program.to_owned(),
             place: node.place.clone(),
             state_dir: node.state_dir(),
         })

@@ -28,7 +28,7 @@ use crate::{
     janitor::{Janitor, Thing},
     manifests::Manifests,
     netns::Netns,
-    place::{Family, Pair, Place, cgroup_mount},
+    place::{Family, Pair, Place, cgroup_mount, sibling},
     traffic::Server,
 };
 
@@ -184,9 +184,9 @@ impl Cluster {
         drop(self.agents.remove(&name));
         let all: Vec<String> =
             self.options.agent_flags.iter().cloned().chain(flags.iter().map(|f| (*f).to_owned())).collect();
-        let program = self.options.agent.as_deref();
+        let program = self.options.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
         let node = self.node(number);
-        let agent = Agent::start(node, program, &node.dir.join("agent.log"), &self.manifests, &all)?;
+        let agent = Agent::start_build(&program, node, &node.dir.join("agent.log"), &self.manifests, &all)?;
         self.agents.insert(name, agent);
         Ok(())
     }

@@ -38,7 +38,7 @@ enum Part {
     Forward,
     /// The agent, as a release build, against an API server (C1 to C5)
     Control,
-    /// Connections through sockets (L1, L2); not there yet
+    /// Connections through sockets, beside kube-proxy's rules, and restarts under traffic (L1, L2, C6)
     Connect,
     /// First packets by number of Services, beside nftables and iptables (L3); not there yet
     Scale,
@@ -67,7 +67,7 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
         }
         Some(Part::Forward) => bail!("forwarding between devices (P2 to P5, P7 to P9) is not measured yet"),
         Some(Part::Control) => args.push("control".into()),
-        Some(Part::Connect) => bail!("connections through sockets (L1, L2) are not measured yet"),
+        Some(Part::Connect) => args.push("connect".into()),
         Some(Part::Scale) => bail!("first packets beside nftables and iptables (L3) are not measured yet"),
     }
     let effort = bench.effort.to_possible_value();
@@ -78,8 +78,8 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
     }
     let host = setup::host()?;
     let toolchain = setup::toolchain()?;
-    run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bin", "bench"]))?;
-    if matches!(bench.part, None | Some(Part::Control)) {
+    run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bins"]))?;
+    if matches!(bench.part, None | Some(Part::Control | Part::Connect)) {
         demo::build_agent(&toolchain, true)?;
         args.extend(["--agent".into(), target_dir().join("release/lb-agent").display().to_string()]);
     }

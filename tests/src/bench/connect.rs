@@ -5,6 +5,7 @@
 //! machine is the same for each; a second node without any proxy shows what the comparison is worth.
 
 pub mod pair;
+pub mod programs;
 pub mod restart;
 pub mod rounds;
 pub mod worker;
@@ -15,6 +16,7 @@ use anyhow::{Context as _, Result};
 
 use self::{
     pair::{PORT, Pair, direct, pods},
+    programs::share,
     rounds::{Kind, measure},
 };
 use super::{
@@ -68,7 +70,7 @@ pub struct Route {
 
 pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
     let is_debug = agent.is_none();
-    let mut ours = ours(effort, agent)?;
+    let ours = ours(effort.at_most(SERVICES, 10), agent.clone())?;
     let (mut plain, mut routes) = (Vec::new(), Vec::new());
     for ways in ways(effort) {
         let cluster = Cluster::new(Options::new(Layout::PointToPoint))?;
@@ -82,15 +84,17 @@ pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
         routes.push(Route { way, pair: Pair::start(ours.node(number), to, 100 + number)? });
     }
     let mut rows = measure(effort, Kind::Connections, &mut routes)?;
+    rows.extend(share(effort, Kind::Connections, &mut routes)?);
     // An open connection does not go through the rules again, however many there are.
     routes.retain(|route| !matches!(route.way, Way::Rules(_, services) if services > RULES[0]));
     rows.extend(measure(effort, Kind::Requests, &mut routes)?);
+    rows.extend(share(effort, Kind::Requests, &mut routes)?);
     drop(routes);
     for cluster in plain {
         cluster.finish()?;
     }
-    rows.extend(restart::run(effort, &mut ours).with_context(|| ours.logs())?);
     ours.finish()?;
+    rows.extend(restart::run(effort, agent)?);
     if is_debug {
         rows = rows.into_iter().map(|row| row.noted("debug build of the agent")).collect();
     }
@@ -122,10 +126,10 @@ fn baseline(node: &Node, way: Way, mark: u8) -> Result<Route> {
 }
 
 /// A cluster with our agents: hooks at sockets on node1, programs at devices only on node2.
-fn ours(effort: Effort, agent: Option<PathBuf>) -> Result<Cluster> {
+pub fn ours(services: u32, agent: Option<PathBuf>) -> Result<Cluster> {
     let mut cluster = Cluster::new(Options { agent, ..Options::new(Layout::PointToPoint) })?;
     cluster.manifests.write("nodes", &nodes(cluster.nodes.iter().map(|n| &n.place)))?;
-    cluster.manifests.write("others", &others(effort.at_most(SERVICES, 10)))?;
+    cluster.manifests.write("others", &others(services))?;
     for number in [1, 2] {
         let service = measured(&cluster, number)?;
         cluster.manifests.write(&service.name, &service.documents())?;

@@ -3,17 +3,19 @@
 use anyhow::{Context as _, Result};
 
 use super::{
-    Route, Way,
+    RULES, Route, Way,
     worker::{Order, Sample},
 };
 use crate::bench::{
     Effort,
+    kube_proxy::Mode,
     measure::{median, spread},
     report::Row,
 };
 
 /// Halves of the direct way may differ by this much; more, and something else ran on the machine.
 const STEADY: f64 = 0.10;
+const UNSTEADY: &str = "unsteady: the direct way drifted by over 10 %";
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,11 +30,19 @@ pub enum Kind {
 type Halves = [Sample; 2];
 
 impl Kind {
-    /// What a pair does in half a round: about a tenth of a second.
-    const fn order(self, effort: Effort) -> Order {
+    /// Of the item, and of what is done.
+    pub const fn names(self) -> (&'static str, &'static str) {
         match self {
-            Self::Connections => Order::Connections(effort.at_most(2_500, 20)),
-            Self::Requests => Order::Requests(effort.at_most(10_000, 50)),
+            Self::Connections => ("L1", "connect, one byte, close"),
+            Self::Requests => ("L2", "request and response"),
+        }
+    }
+
+    /// What a pair does in half a round: less than a tenth of a second.
+    pub const fn order(self, effort: Effort) -> Order {
+        match self {
+            Self::Connections => Order::Connections(effort.at_most(1_200, 20)),
+            Self::Requests => Order::Requests(effort.at_most(8_000, 50)),
         }
     }
 
@@ -63,9 +73,8 @@ pub fn measure(effort: Effort, kind: Kind, routes: &mut [Route]) -> Result<Vec<R
             of_way.push([first, second]);
         }
     }
-    let Some((direct, others)) = samples.split_first() else { return Ok(Vec::new()) };
-    let ways = routes.iter().skip(1).map(|route| route.way);
-    Ok(ways.zip(others).flat_map(|(way, of_way)| rows(kind, way, of_way, direct)).collect())
+    let ways: Vec<Way> = routes.iter().map(|route| route.way).collect();
+    Ok(rows(kind, &Results { ways: &ways, samples: &samples }))
 }
 
 /// What is taken from a sample.
@@ -80,36 +89,90 @@ const CPU: Figure = Figure { what: "CPU per connection", unit: "ns", of: |s| s.c
 const P50: Figure = Figure { what: "p50", unit: "ns", of: |s| s.p50_ns };
 const P99: Figure = Figure { what: "p99", unit: "ns", of: |s| s.p99_ns };
 
-fn rows(kind: Kind, way: Way, of_way: &[Halves], direct: &[Halves]) -> Vec<Row> {
-    let row = |id, what: &str, figure: Figure| {
-        row(id, format!("{what}, {}: {}", way.name(), figure.what), &figure, of_way, direct)
-    };
-    match kind {
-        Kind::Connections => {
-            let what = "connect, one byte, close";
-            vec![row("L1", what, CPU), row("L1", what, RATE)]
+/// Of all ways.
+struct Results<'a> {
+    ways: &'a [Way],
+    samples: &'a [Vec<Halves>],
+}
+
+/// Ours first.
+fn rows(kind: Kind, results: &Results) -> Vec<Row> {
+    let (ours, others): (Vec<Way>, Vec<Way>) =
+        results.ways.iter().partition(|way| matches!(way, Way::Sockets | Way::Packets));
+    let others = others.into_iter().filter(|way| *way != Way::Direct);
+    let mut rows = Vec::new();
+    for way in ours.into_iter().chain(others) {
+        let against = |base, figure: &_| results.row(kind, (way, base), figure);
+        match kind {
+            Kind::Connections => {
+                let row = against(Way::Direct, &CPU);
+                rows.extend(row.map(|row| match way {
+                    Way::Sockets => at_least(row, "direct / ours", 0.98),
+                    Way::Packets => at_least(row, "direct / ours", 0.95),
+                    _ => row,
+                }));
+                rows.extend(against(Way::Direct, &RATE));
+            }
+            Kind::Requests => {
+                let [p50, p99] = [&P50, &P99].map(|figure| against(Way::Direct, figure));
+                let is_ours = matches!(way, Way::Sockets | Way::Packets);
+                let judged = |row: Row, most| if is_ours { row.ratio_at_most(most) } else { row };
+                rows.extend(p50.map(|row| judged(row, 1.02)));
+                rows.extend(p99.map(|row| judged(row, 1.05)));
+            }
         }
-        Kind::Requests => {
-            let what = "request and response";
-            vec![row("L2", what, P50), row("L2", what, P99)]
+    }
+    if kind == Kind::Connections {
+        rows.extend(beside_rules(results));
+    }
+    rows
+}
+
+/// Ours beside kube-proxy's rules.
+fn beside_rules(results: &Results) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for way in [Way::Sockets, Way::Packets] {
+        for rules in results.ways.iter().filter(|way| matches!(way, Way::Rules(..))) {
+            let row = results.row(Kind::Connections, (way, *rules), &CPU);
+            // Never below these: the smallest cluster is where they do best.
+            let is_judged = *rules == Way::Rules(Mode::Iptables, RULES[0]);
+            rows.extend(row.map(|row| if is_judged { row.ratio_at_most(1.0) } else { row }));
         }
+    }
+    rows
+}
+
+/// Bars of rates, for what is taken in time: the other way round.
+fn at_least(row: Row, what: &str, least: f64) -> Row {
+    let met = row.ratio.map(|ratio| 1.0 / ratio >= least);
+    Row { bar: format!("{what} >= {least}"), met, ..row }
+}
+
+impl Results<'_> {
+    fn of(&self, way: Way) -> Option<&[Halves]> {
+        let at = self.ways.iter().position(|w| *w == way)?;
+        self.samples.get(at).map(Vec::as_slice)
+    }
+
+    /// One way beside another one. None if either was not measured.
+    fn row(&self, kind: Kind, (way, base): (Way, Way), figure: &Figure) -> Option<Row> {
+        let (ours, direct) = (self.of(way)?, self.of(Way::Direct)?);
+        let c = compare(ours, self.of(base)?, figure.of);
+        let (id, what) = kind.names();
+        let beside = if base == Way::Direct { String::new() } else { format!(" against {}", base.name()) };
+        let what = format!("{what}, {}{beside}: {}", way.name(), figure.what);
+        let row = Row {
+            baseline: Some(c.baseline),
+            ratio: Some(c.ratio),
+            rounds: ours.len() as u32,
+            spread: Some(c.spread),
+            ..Row::value(id, what, figure.unit, c.ours)
+        };
+        Some(if is_steady(direct, figure.of) { row } else { row.noted(UNSTEADY) })
     }
 }
 
-fn row(id: &'static str, what: String, figure: &Figure, of_way: &[Halves], direct: &[Halves]) -> Row {
-    let c = compare(of_way, direct, figure.of);
-    let row = Row::value(id, what, figure.unit, c.ours);
-    let row = Row {
-        baseline: Some(c.baseline),
-        ratio: Some(c.ratio),
-        rounds: of_way.len() as u32,
-        spread: Some(c.spread),
-        ..row
-    };
-    if c.steady { row } else { row.noted("unsteady: the direct way drifted by over 10 %") }
-}
-
-/// A way beside the direct one.
+/// A way beside another one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Comparison {
     ours: f64,
@@ -118,20 +181,54 @@ struct Comparison {
     ratio: f64,
     /// Of these ratios: distance of the quartiles, as a part of the median.
     spread: f64,
-    steady: bool,
 }
 
-fn compare(ours: &[Halves], direct: &[Halves], of: fn(&Sample) -> f64) -> Comparison {
-    let half = |all: &[Halves], i: usize| all.iter().map(|h| of(&h[i])).collect::<Vec<_>>();
+fn compare(ours: &[Halves], base: &[Halves], of: fn(&Sample) -> f64) -> Comparison {
     let mean = |h: &Halves| (of(&h[0]) + of(&h[1])) / 2.0;
-    let ratios: Vec<f64> = ours.iter().zip(direct).map(|(ours, direct)| mean(ours) / mean(direct)).collect();
-    let (first, last) = (median(&half(direct, 0)), median(&half(direct, 1)));
+    let ratios: Vec<f64> = ours.iter().zip(base).map(|(ours, base)| mean(ours) / mean(base)).collect();
     let all = |of_way: &[Halves]| median(&of_way.iter().map(mean).collect::<Vec<_>>());
-    Comparison {
-        ours: all(ours),
-        baseline: all(direct),
-        ratio: median(&ratios),
-        spread: spread(&ratios),
-        steady: (first - last).abs() <= STEADY * first.min(last),
+    Comparison { ours: all(ours), baseline: all(base), ratio: median(&ratios), spread: spread(&ratios) }
+}
+
+/// Whether the direct way was as good on the way there as on the way back.
+fn is_steady(direct: &[Halves], of: fn(&Sample) -> f64) -> bool {
+    let half = |i: usize| median(&direct.iter().map(|halves| of(&halves[i])).collect::<Vec<_>>());
+    let (first, last) = (half(0), half(1));
+    (first - last).abs() <= STEADY * first.min(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn halves(first: f64, second: f64) -> Halves {
+        [first, second].map(|ns| Sample {
+            cpu_ns: ns,
+            wall_ns: ns,
+            p50_ns: ns,
+            p99_ns: ns,
+            accepted: 1,
+            answered: 1,
+        })
+    }
+
+    #[test]
+    fn ratios_are_taken_in_each_round() {
+        // The machine gets slower by half from round to round; the way takes a tenth more in each.
+        let direct = [halves(10.0, 10.0), halves(14.0, 16.0), halves(22.0, 23.0)];
+        let ours = [halves(11.0, 11.0), halves(16.0, 17.0), halves(24.0, 25.5)];
+        let c = compare(&ours, &direct, CPU.of);
+        assert!((c.ratio - 1.1).abs() < 1e-9 && c.spread < 1e-9, "{c:?}");
+        assert_eq!((c.ours, c.baseline), (16.5, 15.0));
+        assert!(is_steady(&direct, CPU.of));
+        assert!(!is_steady(&[halves(10.0, 11.5)], CPU.of));
+    }
+
+    #[test]
+    fn bars_of_rates_hold_for_times_the_other_way_round() {
+        let bar = |ours| at_least(Row::value("L1", "", "ns", ours).against(100.0), "direct / ours", 0.95);
+        assert_eq!(bar(105.0).met, Some(true));
+        assert_eq!(bar(106.0).met, Some(false));
+        assert_eq!(bar(105.0).bar, "direct / ours >= 0.95");
     }
 }
