@@ -10,9 +10,9 @@ pub mod restart;
 pub mod rounds;
 pub mod worker;
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{io, net::SocketAddr, path::PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use self::{
     pair::{PORT, Pair, direct, pods},
@@ -34,6 +34,9 @@ use crate::{
 const SERVICES: u32 = 10_000;
 /// Of kube-proxy's rules, that one included.
 const RULES: [u32; 3] = [10, 1_000, 10_000];
+
+/// What L1 does.
+pub const CRR: &str = "connect, one byte, close";
 
 /// What stands between client and server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,11 +74,17 @@ pub struct Route {
 pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
     let is_debug = agent.is_none();
     let ours = ours(effort.at_most(SERVICES, 10), agent.clone())?;
-    let (mut plain, mut routes) = (Vec::new(), Vec::new());
+    let (mut plain, mut routes, mut rows) = (Vec::new(), Vec::new(), Vec::new());
     for ways in ways(effort) {
         let cluster = Cluster::new(Options::new(Layout::PointToPoint))?;
         for (number, way) in [1, 2].into_iter().zip(ways) {
-            routes.push(baseline(cluster.node(number), way, routes.len() as u8)?);
+            match baseline(cluster.node(number), way, routes.len() as u8) {
+                Ok(route) => routes.push(route),
+                Err(e) if is_not_installed(&e) => {
+                    rows.push(Row::missing("L1", &format!("{CRR}, {}", way.name()), "", &format!("{e:#}")));
+                }
+                Err(e) => return Err(e.context(way.name())),
+            }
         }
         plain.push(cluster);
     }
@@ -83,7 +92,7 @@ pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
         let to = measured(&ours, number)?.cluster_ip(Family::V4);
         routes.push(Route { way, pair: Pair::start(ours.node(number), to, 100 + number)? });
     }
-    let mut rows = measure(effort, Kind::Connections, &mut routes)?;
+    rows.extend(measure(effort, Kind::Connections, &mut routes)?);
     rows.extend(share(effort, Kind::Connections, &mut routes)?);
     // An open connection does not go through the rules again, however many there are.
     routes.retain(|route| !matches!(route.way, Way::Rules(_, services) if services > RULES[0]));
@@ -108,6 +117,12 @@ fn ways(effort: Effort) -> Vec<[Way; 2]> {
     [[Way::Direct, Way::DirectAgain]].into_iter().chain(numbers.iter().map(|n| rules(*n))).collect()
 }
 
+/// A program is missing; anything else is a mistake.
+fn is_not_installed(error: &anyhow::Error) -> bool {
+    let kinds = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind);
+    kinds.into_iter().any(|kind| kind == io::ErrorKind::NotFound)
+}
+
 /// A pair on a node without an agent. Rules lead to the server from the Service in the middle of all, as half of a real
 /// cluster's are before it in iptables' order.
 fn baseline(node: &Node, way: Way, mark: u8) -> Result<Route> {
@@ -120,7 +135,7 @@ fn baseline(node: &Node, way: Way, mark: u8) -> Result<Route> {
         to = SocketAddr::new(middle.cluster_ip, middle.port);
         let cluster = kube_proxy::Cluster::bench(Family::V4, node.place.addrs.v4.into());
         let rules = kube_proxy::rules(mode, &cluster, &services);
-        node.place.netns.run(|| kube_proxy::load(&rules))?.with_context(|| way.name())?;
+        node.place.netns.run(|| kube_proxy::load(&rules))??;
     }
     Ok(Route { way, pair: Pair::start(node, to, mark)? })
 }

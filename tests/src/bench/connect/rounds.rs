@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 
 use super::{
-    RULES, Route, Way,
+    CRR, RULES, Route, Way,
     worker::{Order, Sample},
 };
 use crate::bench::{
@@ -33,7 +33,7 @@ impl Kind {
     /// Of the item, and of what is done.
     pub const fn names(self) -> (&'static str, &'static str) {
         match self {
-            Self::Connections => ("L1", "connect, one byte, close"),
+            Self::Connections => ("L1", CRR),
             Self::Requests => ("L2", "request and response"),
         }
     }
