@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader, Lines, Write as _},
     net::SocketAddr,
+    num::NonZero,
     path::Path,
     process::{Child, ChildStdin, ChildStdout, Stdio},
     thread,
@@ -57,7 +58,8 @@ impl Pair {
             listen: direct(node)?,
             server_netns: Path::new("/run/netns").join(server.netns.name()),
             mark,
-            cpu: processor(),
+            cpu: processors() - 1,
+            other_cpu: processors().saturating_sub(2),
         };
         let what = format!("connections from {} to {to}", client.name);
         let mut command = client.command(&sibling("netproc")?)?;
@@ -90,7 +92,7 @@ impl Drop for Pair {
     }
 }
 
-/// The last one: the first has more of the machine's interrupts.
-fn processor() -> usize {
-    thread::available_parallelism().map_or(0, |n| n.get() - 1)
+/// The last one is used first: the first has more of the machine's interrupts.
+fn processors() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get)
 }

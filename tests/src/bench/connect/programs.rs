@@ -9,7 +9,7 @@ use aya::{
     sys::{Stats, enable_stats},
 };
 
-use super::{Route, Way, rounds::Kind, worker::Order};
+use super::{Route, Way, rounds::Kind, worker::Work};
 use crate::bench::{Effort, report::Row};
 
 /// Runs and ns.
@@ -37,7 +37,7 @@ pub fn share(effort: Effort, kind: Kind, routes: &mut [Route]) -> Result<Vec<Row
     let mut rows = Vec::new();
     for route in routes.iter_mut().filter(|route| matches!(route.way, Way::Sockets | Way::Packets)) {
         let order = kind.order(effort);
-        let (Order::Connections(n) | Order::Requests(n)) = order;
+        let (Work::Connections(n) | Work::Requests(n)) = order.work;
         let before = all()?;
         route.pair.order(order)?;
         let mut by_name = BTreeMap::<String, Runs>::new();

@@ -3,11 +3,11 @@
 //!
 //! A call over UDP is one packet there and one back, and nobody sends it again: a lost packet is a failed call.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{flag, ours};
+use super::flag;
 use crate::{
     bench::{Effort, report::Row},
     cluster::Cluster,
@@ -20,9 +20,6 @@ use crate::{
 const NUMBER: u8 = 60;
 /// One of each node: one for packets that stay here, one for those that leave.
 const BACKENDS: [&str; 2] = ["pod-1a", "pod-2a"];
-
-/// Beside it: traffic wants most of the processors, and a start is not what is measured here.
-const OTHERS: u32 = 20;
 
 /// Other sizes than the defaults; larger and smaller ones.
 const SIZES: [&str; 5] = [
@@ -63,8 +60,7 @@ struct Traffic {
     loads: Vec<(String, Load)>,
 }
 
-pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
-    let mut cluster = ours(OTHERS, agent)?;
+pub fn run(effort: Effort, mut cluster: Cluster) -> Result<Vec<Row>> {
     let rows = restarts(effort, &mut cluster).with_context(|| cluster.logs())?;
     cluster.finish()?;
     Ok(rows)

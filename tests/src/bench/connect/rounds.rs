@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 
 use super::{
     CRR, RULES, Route, Way,
-    worker::{Order, Sample},
+    worker::{Order, Sample, Work},
 };
 use crate::bench::{
     Effort,
@@ -24,6 +24,9 @@ pub enum Kind {
     Connections,
     /// L2.
     Requests,
+    /// Both, on a processor each.
+    ConnectionsApart,
+    RequestsApart,
 }
 
 /// Both halves of a round, of one way.
@@ -35,14 +38,20 @@ impl Kind {
         match self {
             Self::Connections => ("L1", CRR),
             Self::Requests => ("L2", "request and response"),
+            Self::ConnectionsApart => ("L1", "on two processors: connect, one byte, close"),
+            Self::RequestsApart => ("L2", "on two processors: request and response"),
         }
     }
 
     /// What a pair does in half a round: less than a tenth of a second.
-    pub const fn order(self, effort: Effort) -> Order {
+    pub fn order(self, effort: Effort) -> Order {
+        let connections = |n| Work::Connections(effort.at_most(n, 20));
+        let requests = |n| Work::Requests(effort.at_most(n, 50));
         match self {
-            Self::Connections => Order::Connections(effort.at_most(1_200, 20)),
-            Self::Requests => Order::Requests(effort.at_most(8_000, 50)),
+            Self::Connections => Order { work: connections(1_200), apart: false },
+            Self::Requests => Order { work: requests(8_000), apart: false },
+            Self::ConnectionsApart => Order { work: connections(200), apart: true },
+            Self::RequestsApart => Order { work: requests(1_000), apart: true },
         }
     }
 
@@ -113,7 +122,8 @@ fn rows(kind: Kind, results: &Results) -> Vec<Row> {
                 }));
                 rows.extend(against(Way::Direct, &RATE));
             }
-            Kind::Requests => {
+            Kind::ConnectionsApart => rows.extend(against(Way::Direct, &P50)),
+            Kind::Requests | Kind::RequestsApart => {
                 let [p50, p99] = [&P50, &P99].map(|figure| against(Way::Direct, figure));
                 let is_ours = matches!(way, Way::Sockets | Way::Packets);
                 let judged = |row: Row, most| if is_ours { row.ratio_at_most(most) } else { row };

@@ -13,6 +13,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
+        mpsc,
     },
     thread,
     time::Instant,
@@ -34,13 +35,22 @@ pub struct Job {
     pub server_netns: PathBuf,
     /// Tells servers apart: they answer with the byte they got, changed by this.
     pub mark: u8,
-    /// The processor for both.
+    /// The client's processor, and the server's.
     pub cpu: usize,
+    /// The server's, for orders where it has one of its own.
+    pub other_cpu: usize,
 }
 
 /// What to do next; a line of input each.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub enum Order {
+pub struct Order {
+    pub work: Work,
+    /// Client and server on a processor each.
+    pub apart: bool,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub enum Work {
     /// Connect, send a byte, get one, close; so many times.
     Connections(u32),
     /// Send a byte, get one; so many times on one connection.
@@ -82,13 +92,19 @@ pub fn run(job: &Job) -> Result<()> {
     prefer();
     let counts = Arc::new(Counts::default());
     let (listening, counting) = (listen(job)?, Arc::clone(&counts));
-    let (mark, cpu) = (job.mark, job.cpu);
-    thread::spawn(move || pin(cpu).map(|()| serve(&listening, mark, &counting)));
-    pin(job.cpu)?;
+    let (mark, (tell, server)) = (job.mark, mpsc::channel());
+    thread::spawn(move || {
+        // SAFETY: no arguments.
+        tell.send(unsafe { libc::gettid() }).ok();
+        serve(&listening, mark, &counting);
+    });
+    let server = server.recv().context("the server's thread")?;
+    pin(0, job.cpu)?;
     print(&true)?;
     for line in io::stdin().lock().lines() {
-        let order = serde_json::from_str(&line?).context("not an order")?;
-        print(&carry_out(job, order, &counts)?)?;
+        let order: Order = serde_json::from_str(&line?).context("not an order")?;
+        pin(server, if order.apart { job.other_cpu } else { job.cpu })?;
+        print(&carry_out(job, order.work, &counts)?)?;
     }
     Ok(())
 }
@@ -127,17 +143,17 @@ fn serve(listener: &TcpListener, mark: u8, counts: &Counts) {
     }
 }
 
-fn carry_out(job: &Job, order: Order, counts: &Counts) -> Result<Sample> {
+fn carry_out(job: &Job, work: Work, counts: &Counts) -> Result<Sample> {
     // SAFETY: a plain integer; the signal ends the process.
     unsafe { libc::alarm(SECONDS_AT_MOST) };
     let before = counts.now();
     let (cpu, from) = (cpu_ns(), Instant::now());
-    let (times, wall_ns, connections) = match order {
-        Order::Connections(n) => {
+    let (times, wall_ns, connections) = match work {
+        Work::Connections(n) => {
             let times = repeat(n, |i| once(&mut TcpStream::connect(job.to)?, i, job.mark))?;
             (times, from.elapsed(), u64::from(n))
         }
-        Order::Requests(n) => {
+        Work::Requests(n) => {
             let mut stream = TcpStream::connect(job.to).context("connect")?;
             stream.set_nodelay(true)?;
             let times = repeat(n, |i| once(&mut stream, i, job.mark))?;
@@ -187,13 +203,13 @@ fn cpu_ns() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Keeps the calling thread on one processor.
-fn pin(cpu: usize) -> io::Result<()> {
+/// Keeps a thread on one processor; 0 is the calling one.
+fn pin(thread: libc::pid_t, cpu: usize) -> io::Result<()> {
     // SAFETY: a set of processors is plain bits; `CPU_SET` checks nothing, and `cpu` is one of this machine.
     let done = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set)
+        libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &raw const set)
     };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
