@@ -25,6 +25,7 @@ pub mod paths;
 pub mod report;
 pub mod scale;
 pub mod size;
+pub mod stack;
 pub mod sys;
 pub mod traffic;
 
@@ -98,6 +99,7 @@ pub struct Plan {
     pub effort: Effort,
     /// The agent to measure; without it, the one that was built along with this program.
     pub agent: Option<PathBuf>,
+    pub forward: forward::Options,
 }
 
 /// A part of the suite.
@@ -129,7 +131,7 @@ impl Part {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
             Self::Control => &["C1", "C2", "C3", "C4", "C5"],
-            Self::Forward => &["P2", "P3", "P7", "P8", "P9"],
+            Self::Forward => &["P2", "P3", "P4", "P5", "P7", "P8", "P9", "L3"],
             Self::Connect => &["C6", "L1", "L2"],
         }
     }

@@ -34,14 +34,64 @@ enum Part {
         #[arg(long, value_name = "WHY")]
         record: Option<String>,
     },
-    /// Forwarding between devices against empty programs and kube-proxy's rules (P2 to P5, P7 to P9); not there yet
-    Forward,
+    /// Packets from device to device, beside empty programs (P2, P3, P7 to P9)
+    Forward(Forward),
+    /// Send packets of many flows by a device, for `forward --device` on another host; measures nothing
+    Generate {
+        /// By which device; its driver must take frames from XDP
+        #[arg(long, value_name = "NAME")]
+        device: String,
+        /// Whose address and port to send to
+        #[arg(long, value_name = "IP:PORT")]
+        to: String,
+        /// Hardware address of the next hop
+        #[arg(long)]
+        mac: String,
+        /// The first client; 1024 flows have its ports from 1024 on
+        #[arg(long, value_name = "IP")]
+        from: String,
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
     /// The agent, as a release build, against an API server (C1 to C5)
     Control,
     /// Connections through sockets, beside kube-proxy's rules, and restarts under traffic (L1, L2, C6)
     Connect,
     /// First packets by number of Services, beside nftables and iptables (L3); not there yet
     Scale,
+}
+
+#[derive(Args, Clone)]
+struct Forward {
+    /// Only this item; repeatable
+    #[arg(long, value_name = "ITEM")]
+    only: Vec<String>,
+    /// Measure on this device instead, with packets that another host sends
+    #[arg(long, value_name = "NAME", requires = "device_target", requires = "device_backend")]
+    device: Option<String>,
+    /// Where the other host sends to: becomes a Service's address
+    #[arg(long, value_name = "IP:PORT")]
+    device_target: Option<String>,
+    /// Where that Service's packets go, by a route of this host
+    #[arg(long, value_name = "IP:PORT")]
+    device_backend: Option<String>,
+    /// Katran's balancer (BPF ELF object), to stand beside ours
+    #[arg(long, value_name = "OBJECT")]
+    katran: Option<String>,
+}
+
+impl Forward {
+    fn words(&self) -> Vec<String> {
+        let only = self.only.iter().flat_map(|item| ["--only".to_owned(), item.clone()]);
+        let options = [
+            ("--device", &self.device),
+            ("--device-target", &self.device_target),
+            ("--device-backend", &self.device_backend),
+            ("--katran", &self.katran),
+        ];
+        let given = options.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value.clone()?]));
+        ["forward".to_owned()].into_iter().chain(only).chain(given.flatten()).collect()
+    }
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -65,7 +115,19 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
             args.push("size".into());
             args.extend(record.iter().flat_map(|why| ["--record".into(), why.clone()]));
         }
-        Some(Part::Forward) => bail!("forwarding between devices (P2 to P5, P7 to P9) is not measured yet"),
+        Some(Part::Forward(options)) => args.extend(options.words()),
+        Some(Part::Generate { device, to, mac, from, seconds }) => {
+            let seconds = seconds.to_string();
+            let pairs = [
+                ("--device", device),
+                ("--to", to),
+                ("--mac", mac),
+                ("--from", from),
+                ("--seconds", &seconds),
+            ];
+            args.push("generate".into());
+            args.extend(pairs.into_iter().flat_map(|(name, value)| [name.into(), value.clone()]));
+        }
         Some(Part::Control) => args.push("control".into()),
         Some(Part::Connect) => args.push("connect".into()),
         Some(Part::Scale) => bail!("first packets beside nftables and iptables (L3) are not measured yet"),
@@ -79,7 +141,7 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
     let host = setup::host()?;
     let toolchain = setup::toolchain()?;
     run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bins"]))?;
-    if matches!(bench.part, None | Some(Part::Control | Part::Connect)) {
+    if matches!(bench.part, None | Some(Part::Control | Part::Forward(_) | Part::Connect)) {
         demo::build_agent(&toolchain, true)?;
         args.extend(["--agent".into(), target_dir().join("release/lb-agent").display().to_string()]);
     }

@@ -1,25 +1,40 @@
 //! P2, P3, P7 to P9: packets through devices. A [`chain`] of veth pairs leads from a generator ([`stream`]) through a node to
 //! a [`sink`]; [`run`] sends frames down it and takes the time; [`cast`] says who speaks to whom.
 
+pub mod agent;
 pub mod cast;
 pub mod chain;
 pub mod code;
+pub mod cores;
+pub mod device;
+pub mod generate;
+pub mod hot;
+pub mod objects;
+pub mod reverse;
 pub mod run;
 pub mod sink;
 pub mod space;
+pub mod steady;
 pub mod stream;
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+};
 
 use anyhow::{Context as _, Result};
 
 use self::{
-    cast::{ACK, Flows},
+    agent::{Agents, Hook},
     chain::{Chain, End},
     run::{Doors, Exit, Path},
-    stream::{Shape, XDP_TX},
+    stream::XDP_TX,
 };
-use super::{Plan, report::Row};
+use super::{Effort, Plan, report::Row, stack};
+use crate::place::sibling;
+
+/// As many CPUs as send at the same time.
+const LANES: u8 = 2;
 
 /// A node under test, in a chain of its own.
 pub struct Node<T> {
@@ -74,27 +89,69 @@ pub fn bare() -> Result<Node<()>> {
     Node::new(1, |_| Ok(()))
 }
 
+/// What the items share.
+pub struct Bench {
+    pub effort: Effort,
+    pub program: PathBuf,
+    pub services: u32,
+    pub katran: Option<PathBuf>,
+    pub node: Node<Agents>,
+    pub redirect: Node<Vec<OwnedFd>>,
+    pub tx: Node<OwnedFd>,
+    pub bare: Node<()>,
+    pub stack: stack::Kept,
+}
+
+/// How to run it, beyond what all parts take.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Only these items; empty: all.
+    pub only: Vec<String>,
+    /// Measure on this device instead.
+    pub device: Option<device::Device>,
+    /// Katran's balancer, to stand beside ours.
+    pub katran: Option<PathBuf>,
+}
+
+impl Options {
+    /// Everything, in the chain of devices.
+    pub const NONE: Self = Self { only: Vec::new(), device: None, katran: None };
+}
+
+type Item = fn(&Bench) -> Result<Vec<Row>>;
+/// In the order that they run: the last one leaves a full flow table.
+const ITEMS: [(&str, Item); 8] = [
+    ("P2", hot::hot),
+    ("P3", hot::cold),
+    ("P4", stack::established),
+    ("P5", stack::fresh),
+    ("L3", stack::first_packet),
+    ("P7", reverse::run),
+    ("P9", cores::run),
+    ("P8", steady::run),
+];
+
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
+    let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
+    if let Some(device) = &plan.forward.device {
+        let mut rows = device::run(plan, &program, device)?;
+        rows.extend(ITEMS[1..].iter().map(|(id, _)| Row::missing(id, "", "", "not measured on a device")));
+        return Ok(rows);
+    }
     run::clock_sees_softirqs()?;
     let effort = plan.effort;
-    let (redirect, tx, bare) = (empty_redirect(1)?, empty_tx()?, bare()?);
+    let services = if effort == Effort::Small { 20 } else { 10_000 };
+    let node = agent::node(&program, LANES, services, Hook::Xdp)?;
+    let (redirect, tx, bare) = (empty_redirect(LANES)?, empty_tx()?, bare()?);
+    let katran = plan.forward.katran.clone();
+    let bench =
+        Bench { effort, program, services, katran, node, redirect, tx, bare, stack: stack::Kept::default() };
     let mut rows = Vec::new();
-    for shape in [Shape { is_v6: false, is_tcp: false }, Shape { is_v6: true, is_tcp: false }] {
-        let flows = Flows::new(shape, 1024, 10_000);
-        let requests = |chain: &Chain| flows.requests(chain, 0, ACK);
-        let as_sent = flows.untouched();
-        let to = |exit| (End::Client, exit);
-        let (from, out) = to(Exit::Outside(End::Server));
-        let forth = redirect.path(0, from, &[&requests(&redirect.chain)], out, &as_sent)?;
-        let back = tx.path(0, from, &[&requests(&tx.chain)], Exit::Outside(End::Client), &as_sent)?;
-        let gone = bare.path(0, from, &[&requests(&bare.chain)], Exit::Entrance, &as_sent)?;
-        let paths = [&gone, &back, &forth];
-        for path in paths {
-            path.deliver(4096, true)?;
-        }
-        let times = run::rounds(effort, run::frames(effort), &paths)?;
-        for (what, times) in ["XDP_DROP at the node", "empty XDP_TX", "empty redirect"].iter().zip(&times) {
-            rows.push(run::row("P2", format!("{} {what}", shape.name()), times, None));
+    for (id, item) in ITEMS {
+        if plan.forward.only.is_empty() || plan.forward.only.iter().any(|o| o == id) {
+            rows.extend(item(&bench).with_context(|| id)?);
+        } else {
+            rows.push(Row::missing(id, "", "", "not asked for in this run"));
         }
     }
     Ok(rows)

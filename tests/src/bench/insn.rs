@@ -68,7 +68,7 @@ impl Insn {
         Self::new(0x95, 0, 0, 0, 0)
     }
     /// The descriptor of a map (BPF_PSEUDO_MAP_FD).
-    fn map(dst: u8, map: BorrowedFd) -> [Self; 2] {
+    pub fn map(dst: u8, map: BorrowedFd) -> [Self; 2] {
         [Self::new(0x18, dst, 1, 0, map.as_raw_fd()), Self::new(0, 0, 0, 0, 0)]
     }
     /// A call of a helper of the kernel: which one.

@@ -30,6 +30,7 @@ const BPF_LINK_UPDATE: libc::c_long = 29;
 pub enum MapType {
     Array = 2,
     ProgArray = 3,
+    PerCpuArray = 6,
 }
 
 /// enum bpf_prog_type, as far as it is used here, with the attach type that aya loads such programs with.
@@ -117,10 +118,10 @@ pub fn lookup<K: bytemuck::Pod, V: bytemuck::Pod>(map: impl AsFd, key: K) -> io:
     Ok(value[0])
 }
 
-/// The first value of an array, as bytes.
-pub fn value(map: impl AsFd, bytes: usize) -> Result<Vec<u8>> {
+/// An element of an array, as bytes; of a per-CPU array, the values of all CPUs.
+pub fn value(map: impl AsFd, key: u32, bytes: usize) -> Result<Vec<u8>> {
     let mut value = vec![0u8; bytes.next_multiple_of(8)];
-    element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), &0u32, value.as_mut_ptr() as u64)
+    element(BPF_MAP_LOOKUP_ELEM, map.as_fd(), &key, value.as_mut_ptr() as u64)
         .context("BPF_MAP_LOOKUP_ELEM")?;
     value.truncate(bytes);
     Ok(value)
@@ -244,22 +245,30 @@ pub fn test_run(program: impl AsFd, kind: ProgType, frame: &[u8], ifindex: u32, 
 
 /// Attaches an XDP program to a device of the caller's network namespace, in the driver; until the link is dropped.
 pub fn attach_xdp(program: BorrowedFd, ifindex: u32) -> Result<OwnedFd> {
-    /// enum bpf_attach_type.
     const BPF_XDP: u32 = 37;
     const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
+    attach(program, ifindex, BPF_XDP, XDP_FLAGS_DRV_MODE)
+}
+
+/// Attaches a classifier to what comes in by a device of the caller's network namespace (Linux 6.6).
+pub fn attach_tcx(program: BorrowedFd, ifindex: u32) -> Result<OwnedFd> {
+    const BPF_TCX_INGRESS: u32 = 46;
+    attach(program, ifindex, BPF_TCX_INGRESS, 0)
+}
+
+/// `kind`: enum bpf_attach_type.
+fn attach(program: BorrowedFd, ifindex: u32, kind: u32, flags: u32) -> Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         program: u32,
         ifindex: u32,
         attach_type: u32,
         flags: u32,
+        /// Of tcx: relative to no other program.
+        rest: [u32; 4],
     }
-    let mut attr = Attr {
-        program: program.as_raw_fd() as u32,
-        ifindex,
-        attach_type: BPF_XDP,
-        flags: XDP_FLAGS_DRV_MODE,
-    };
+    let program = program.as_raw_fd() as u32;
+    let mut attr = Attr { program, ifindex, attach_type: kind, flags, rest: [0; 4] };
     Ok(owned(bpf(BPF_LINK_CREATE, &mut attr).context("BPF_LINK_CREATE")?))
 }
 
@@ -278,8 +287,9 @@ pub fn replace(link: &OwnedFd, program: BorrowedFd) -> Result<()> {
     Ok(())
 }
 
-/// Runs an XDP program `repeat` times on a frame, and does with the frames what it says.
-pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32) -> Result<()> {
+/// Runs an XDP program `repeat` times on a frame, and does with the frames what it says, after so many of them at once (0: as
+/// many as the kernel likes).
+pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32, batch: u32) -> Result<()> {
     const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
     #[repr(C)]
     #[derive(Default)]
@@ -307,6 +317,7 @@ pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32) -> Result<()> {
         data_in: address(frame),
         repeat,
         flags: BPF_F_TEST_XDP_LIVE_FRAMES,
+        batch,
         ..Attr::default()
     };
     bpf(BPF_PROG_TEST_RUN, &mut attr).context("BPF_PROG_TEST_RUN with live frames")?;

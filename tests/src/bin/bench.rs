@@ -3,9 +3,15 @@
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail};
-use lb_tests::bench::{self, Effort, Part, Plan, docs, machine, report, size};
+use lb_tests::bench::{
+    self, Effort, Part, Plan, docs,
+    forward::{self, device::Device, generate},
+    machine, report, size,
+};
 
-const USAGE: &str = "bench [packet] [size] [control] [forward] [--effort full|short|small] [--agent PROGRAM] [--out DIR] [--docs FILE] [--record WHY]";
+const USAGE: &str = "bench [packet] [size] [control] [forward] [--effort full|short|small] [--agent PROGRAM] [--only ITEM]... \
+[--device NAME --device-target IP:PORT --device-backend IP:PORT] [--katran OBJECT] [--out DIR] [--docs FILE] [--record WHY], \
+or bench generate --device NAME --to IP:PORT --mac MAC --from IP [--seconds N]";
 
 struct Options {
     parts: Vec<Part>,
@@ -18,17 +24,23 @@ struct Options {
 fn options() -> Result<Options> {
     let mut options = Options {
         parts: Vec::new(),
-        plan: Plan { effort: Effort::Full, agent: None },
+        plan: Plan { effort: Effort::Full, agent: None, forward: forward::Options::default() },
         out: "target/bench".into(),
         docs: None,
         record: None,
     };
+    let (mut device, mut target, mut backend) = (None, None, None);
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} wants a value; {USAGE}"));
         match arg.as_str() {
             "--effort" => options.plan.effort = value()?.parse()?,
             "--agent" => options.plan.agent = Some(value()?.into()),
+            "--device" => device = Some(value()?),
+            "--device-target" => target = Some(value()?.parse()?),
+            "--device-backend" => backend = Some(value()?.parse()?),
+            "--katran" => options.plan.forward.katran = Some(value()?.into()),
+            "--only" => options.plan.forward.only.push(value()?),
             "--out" => options.out = value()?.into(),
             "--docs" => options.docs = Some(value()?.into()),
             "--record" => options.record = Some(value()?),
@@ -38,13 +50,46 @@ fn options() -> Result<Options> {
             },
         }
     }
+    options.plan.forward.device = match (device, target, backend) {
+        (None, None, None) => None,
+        (Some(name), Some(target), Some(backend)) => Some(Device { name, target, backend }),
+        _ => bail!("--device, --device-target and --device-backend belong together; {USAGE}"),
+    };
     if options.parts.is_empty() {
         options.parts = Part::ALL.to_vec();
     }
     Ok(options)
 }
 
+/// Sends packets for `--device` on another host.
+fn generate(mut args: impl Iterator<Item = String>) -> Result<()> {
+    let (mut device, mut to, mut mac, mut from, mut seconds) = (None, None, None, None, 60);
+    while let Some(arg) = args.next() {
+        let value = args.next().with_context(|| format!("{arg} wants a value; {USAGE}"))?;
+        match arg.as_str() {
+            "--device" => device = Some(value),
+            "--to" => to = Some(value.parse()?),
+            "--mac" => mac = Some(generate::parse_mac(&value)?),
+            "--from" => from = Some(value.parse()?),
+            "--seconds" => seconds = value.parse()?,
+            // What all parts of the suite take, and this one has no use for.
+            "--effort" | "--out" => {}
+            _ => bail!("what is {arg:?}? {USAGE}"),
+        }
+    }
+    let (Some(device), Some(to), Some(mac), Some(from)) = (device, to, mac, from) else {
+        bail!("{USAGE}");
+    };
+    let (sent, took) = generate::run(&generate::Generate { device, to, mac, from, seconds })?;
+    let mpps = sent as f64 / took.as_secs_f64() / 1e6;
+    println!("{sent} packets in {took:.1?}: {mpps:.2} Mpps");
+    Ok(())
+}
+
 fn run() -> Result<()> {
+    if env::args().nth(1).as_deref() == Some("generate") {
+        return generate(env::args().skip(2));
+    }
     let options = options()?;
     if let Some(why) = &options.record {
         size::record(why)?;

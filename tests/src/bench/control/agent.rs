@@ -40,14 +40,25 @@ pub struct Agent {
 impl Agent {
     /// Starts it in the namespaces of the calling thread, which the agent does not outlive.
     pub fn start(program: &Path, dir: &Path, server: SocketAddr, node: &str) -> Result<Self> {
+        Self::start_with(program, dir, server, node, &["--external-device=ext0"])
+    }
+
+    /// The same with other options.
+    pub fn start_with(
+        program: &Path,
+        dir: &Path,
+        server: SocketAddr,
+        node: &str,
+        options: &[&str],
+    ) -> Result<Self> {
         let log = File::create(dir.join("log"))?;
         let mut command = Command::new(program);
         command
             .arg("run")
             .arg(format!("--master=http://{server}"))
             .arg(format!("--hostname-override={node}"))
-            .arg("--external-device=ext0")
             .arg("--socket-lb=off")
+            .args(options)
             .arg(format!("--state-dir={}", dir.join("bpf").display()))
             .env("KUBECONFIG", dir.join("none"))
             .env("HOME", dir)

@@ -1,7 +1,7 @@
 //! Who sends what to whom: addresses of clients, Services and backends, and the streams of packets between them.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
     sync::Arc,
 };
@@ -117,6 +117,12 @@ impl Flows {
         Self { shape, count, first_service: 0, services, first_client: 0, recorded: true }
     }
 
+    /// Flows of a lane's own clients to its own Services, of which each lane has so many.
+    pub const fn of_lane(shape: Shape, count: u32, services: u32, lane: u32) -> Self {
+        let first_client = 2 * CLIENTS * (lane + 1);
+        Self { shape, count, first_service: lane * services, services, first_client, recorded: true }
+    }
+
     /// Every packet another flow, of other clients: comes round after 16 million.
     pub const fn flood(shape: Shape, services: u32) -> Self {
         let count = PORTS * CLIENTS;
@@ -167,6 +173,23 @@ impl Flows {
         .table(table)
         .field(shape.src(), Size::Word, Value::Table { word: 0 })
         .field(shape.dport(), Size::Half, Value::Table { word: 1 })
+    }
+
+    /// From the Services to the clients, as if the addresses of requests were those of the backends.
+    pub fn turned_round(&self, chain: &Chain, lane: usize, flags: u8) -> Stream {
+        let (shape, pair) = (self.shape, chain.lanes[lane].server);
+        let (addr, port) = self.client();
+        Stream::new(
+            shape,
+            flags,
+            (pair.outside_mac, pair.node_mac),
+            (service_address(self.first_service, shape.is_v6), SERVICE_PORT),
+            (client_address(self.first_client, shape.is_v6), FIRST_PORT),
+        )
+        .flows(self.count, if self.recorded { 0 } else { UNRECORDED })
+        .field(shape.src(), Size::Word, self.service().written())
+        .field(shape.dst(), Size::Word, addr.written())
+        .field(shape.dport(), Size::Half, port.written())
     }
 
     /// A request as it was sent.
@@ -254,4 +277,20 @@ const fn ttl(shape: Shape, hops: u8) -> Same {
     } else {
         Same { offset: 22, value: (hops as u16) << 8 | shape.protocol() as u16 }
     }
+}
+
+/// Flows of one client, which differ in its port, to one address.
+pub fn from_one_client(
+    shape: Shape,
+    flows: u32,
+    macs: ([u8; 6], [u8; 6]),
+    from: IpAddr,
+    to: SocketAddr,
+) -> Stream {
+    let port = Part { base: FIRST_PORT.into(), shift: 0, mask: PORTS - 1, modulo: 0 };
+    Stream::new(shape, ACK, macs, (from, FIRST_PORT), (to.ip(), to.port())).flows(flows, 0).field(
+        shape.sport(),
+        Size::Half,
+        port.written(),
+    )
 }

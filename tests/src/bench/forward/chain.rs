@@ -162,6 +162,11 @@ impl Chain {
         ])
     }
 
+    /// Takes back [`Self::route_to`].
+    pub fn unroute(&self, net4: &str, net6: &str) -> Result<()> {
+        self.node.ip(&[format!("route del {net4}"), format!("route del {net6}")])
+    }
+
     /// Attaches an XDP program to a device of the node, until the link is dropped.
     pub fn attach(&self, ifindex: u32, program: BorrowedFd) -> Result<OwnedFd> {
         self.node.run(|| sys::attach_xdp(program, ifindex))

@@ -6,9 +6,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
-    os::fd::{AsFd as _, OwnedFd},
-    sync::{Mutex, PoisonError},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -35,6 +36,9 @@ pub fn pin(cpu: usize) {
     }
 }
 
+/// Frames that have not arrived by then, after the last one was sent, will not.
+const PUT_OFF: Duration = Duration::from_millis(100);
+
 /// Programs at the outer ends of a chain's devices. A veth takes redirected frames only while its peer has one.
 pub struct Doors {
     links: Mutex<HashMap<u32, OwnedFd>>,
@@ -53,9 +57,10 @@ impl Doors {
         Ok(Self { links: Mutex::new(links) })
     }
 
-    fn put(&self, ifindex: u32, sink: &Sink) -> Result<()> {
+    /// Puts a program at the outer end of a device, in place of the one before.
+    pub fn put(&self, ifindex: u32, program: BorrowedFd) -> Result<()> {
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        sys::replace(links.get(&ifindex).context("no such device outside")?, sink.program.as_fd())
+        sys::replace(links.get(&ifindex).context("no such device outside")?, program)
     }
 }
 
@@ -69,6 +74,8 @@ pub struct Path<'a> {
     /// Where the sink is: a device outside, or one of the node if `at_node`.
     sink_at: u32,
     at_node: Option<OwnedFd>,
+    /// What the sink has recorded of each flow.
+    pub table: Option<Arc<OwnedFd>>,
 }
 
 /// Where a path's frames should come out.
@@ -99,13 +106,22 @@ impl<'a> Path<'a> {
                 (at, Some(chain.attach(at, sink.program.as_fd())?))
             }
         };
-        Ok(Self { chain, doors, lane, generator, sink, sink_at, at_node })
+        Ok(Self {
+            chain,
+            doors,
+            lane,
+            generator,
+            sink,
+            sink_at,
+            at_node,
+            table: expect.record.as_ref().map(|(table, _)| table.clone()),
+        })
     }
 
     /// Sends `count` frames; what each cost in ns, and what arrived.
     pub fn send(&self, count: u32, verify: bool) -> Result<(f64, Arrived)> {
         if self.at_node.is_none() {
-            self.doors.put(self.sink_at, &self.sink)?;
+            self.doors.put(self.sink_at, self.sink.program.as_fd())?;
         }
         self.sink.reset(verify)?;
         let ns = self.chain.outside.run(|| {
@@ -115,7 +131,19 @@ impl<'a> Path<'a> {
             self.generator.send(count)?;
             Ok((processor_ns(cpu)? - before) as f64 / f64::from(count))
         })?;
-        Ok((ns, self.sink.arrived()?))
+        Ok((ns, self.arrived(count)?))
+    }
+
+    /// What has arrived; waits for what a busy CPU has put off.
+    fn arrived(&self, count: u32) -> Result<Arrived> {
+        let deadline = Instant::now() + PUT_OFF;
+        loop {
+            let arrived = self.sink.arrived()?;
+            if arrived.all() >= count.into() || Instant::now() > deadline {
+                return Ok(arrived);
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Sends `count` frames, which all have to arrive as they should be; what each cost in ns.
@@ -203,10 +231,10 @@ pub const fn frames(effort: Effort) -> u32 {
     }
 }
 
-/// All paths in turns, forth and back: A B C C B A. Every frame has to arrive; the first ones are looked at in detail.
-pub fn rounds(effort: Effort, frames: u32, paths: &[&Path]) -> Result<Vec<Times>> {
+/// All paths in turns, forth and back: A B C C B A. Every frame has to arrive.
+pub fn rounds(rounds: u32, frames: u32, paths: &[&Path]) -> Result<Vec<Times>> {
     let mut times = vec![Times::default(); paths.len()];
-    for _ in 0..effort.rounds() {
+    for _ in 0..rounds {
         for (path, times) in paths.iter().zip(&mut times) {
             times.there.push(path.deliver(frames, false)?);
         }
@@ -232,10 +260,15 @@ pub fn row(id: &'static str, what: impl Into<String>, ours: &Times, baseline: Op
     }
 }
 
-/// A name for panics and errors of a thread that does the measuring.
-pub fn on_own_thread<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match thread::spawn(f).join() {
-        Ok(result) => result,
-        Err(_) => anyhow::bail!("the thread of the forwarding benchmark panicked"),
-    }
+/// The ratio of the baseline to ours: what part of the rate of an empty program is left.
+pub fn share(row: Row) -> Row {
+    let ratio = row.baseline.zip(row.ours).map(|(baseline, ours)| baseline / ours);
+    Row { ratio, ..row }
+}
+
+/// The same, which should be at least so much.
+pub fn share_at_least(row: Row, least: f64) -> Row {
+    let row = share(row);
+    let met = row.ratio.map(|ratio| ratio >= least);
+    Row { met, bar: format!("empty redirect / ours >= {least}"), ..row }
 }

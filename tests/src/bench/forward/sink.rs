@@ -98,7 +98,7 @@ impl Sink {
     }
 
     pub fn arrived(&self) -> Result<Arrived> {
-        let state = sys::value(&self.state, STATE_BYTES)?;
+        let state = sys::value(&self.state, 0, STATE_BYTES)?;
         let words: Vec<u64> =
             state.chunks_exact(8).map(|c| c.try_into().map(u64::from_ne_bytes)).collect::<Result<_, _>>()?;
         ensure!(words.len() == STATE_BYTES / 8, "a short state");

@@ -5,15 +5,16 @@ use std::{
     io::Write as _,
     os::fd::AsRawFd as _,
     process::{Command, Stdio},
+    sync::Arc,
     thread,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 
 /// A network namespace.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Space {
-    file: File,
+    file: Arc<File>,
 }
 
 impl Space {
@@ -26,7 +27,8 @@ impl Space {
             Ok(File::open("/proc/thread-self/ns/net")?)
         };
         let made = thread::scope(|scope| scope.spawn(make).join());
-        let space = Self { file: made.map_err(|_| anyhow!("no thread for a namespace"))?? };
+        let file = made.map_err(|_| anyhow!("no thread for a namespace"))??;
+        let space = Self { file: Arc::new(file) };
         space.ip(&["link set lo up"])?;
         Ok(space)
     }

@@ -227,6 +227,11 @@ pub struct Generator {
 
 impl Generator {
     pub fn new(streams: &[&Stream], ifindex: u32) -> Result<Self> {
+        Self::with(streams, ifindex, |_| {})
+    }
+
+    /// With something more to be done for each frame at r7, before it is sent.
+    pub fn with(streams: &[&Stream], ifindex: u32, then: impl FnOnce(&mut Code)) -> Result<Self> {
         let longest = streams.iter().map(|s| s.frame.len()).max().context("no stream")?;
         ensure!(streams.iter().all(|s| s.frame.len() == longest), "streams of frames of different lengths");
         ensure!(streams.iter().all(|s| s.flows.is_power_of_two()), "no power of two");
@@ -256,6 +261,7 @@ impl Generator {
             code.place(next);
         }
         code.place(send);
+        then(&mut code);
         code.put(redirect(ifindex));
         let program = sys::load(ProgType::Xdp, &code.done())?;
         Ok(Self {
@@ -268,7 +274,12 @@ impl Generator {
 
     /// Sends `count` frames, in the network namespace of the caller.
     pub fn send(&self, count: u32) -> Result<()> {
-        sys::live_run(self.program.as_fd(), &self.frame, count)
+        sys::live_run(self.program.as_fd(), &self.frame, count, 0)
+    }
+
+    /// The same, each frame after the one before has come to the end of its way.
+    pub fn send_one_by_one(&self, count: u32) -> Result<()> {
+        sys::live_run(self.program.as_fd(), &self.frame, count, 1)
     }
 }
 
