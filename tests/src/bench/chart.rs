@@ -56,7 +56,7 @@ fn chart(id: &str, rows: &[&Row]) -> String {
 /// What the bars of an item are.
 fn measured(id: &str) -> &'static str {
     match id {
-        "L1" => "ns of CPU per connection",
+        "L1" => "ns per connection",
         "L2" => "ns per request",
         _ => "ns per packet",
     }
