@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn ratios_are_taken_in_each_round() {
         // The machine gets slower by half from round to round; the way takes a tenth more in each.
-        let direct = [halves(10.0, 10.0), halves(14.0, 16.0), halves(22.0, 23.0)];
+        let direct = [halves(10.0, 10.0), halves(14.5, 15.5), halves(22.0, 23.0)];
         let ours = [halves(11.0, 11.0), halves(16.0, 17.0), halves(24.0, 25.5)];
         let c = compare(&ours, &direct, CPU.of);
         assert!((c.ratio - 1.1).abs() < 1e-9 && c.spread < 1e-9, "{c:?}");
