@@ -2,7 +2,6 @@
 
 use std::{ffi::OsStr, process::Command};
 
-use anyhow::bail;
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::{
@@ -34,7 +33,7 @@ enum Part {
         #[arg(long, value_name = "WHY")]
         record: Option<String>,
     },
-    /// Packets from device to device, beside empty programs (P2, P3, P7 to P9)
+    /// Packets from device to device, beside empty programs and the kernel (P2 to P5, P7 to P9, L3)
     Forward(Forward),
     /// Send packets of many flows by a device, for `forward --device` on another host; measures nothing
     Generate {
@@ -57,7 +56,7 @@ enum Part {
     Control,
     /// Connections through sockets, beside kube-proxy's rules, and restarts under traffic (L1, L2, C6)
     Connect,
-    /// First packets by number of Services, beside nftables and iptables (L3); not there yet
+    /// First packets by number of Services, beside nftables and iptables (L3)
     Scale,
 }
 
@@ -78,6 +77,9 @@ struct Forward {
     /// Katran's balancer (BPF ELF object), to stand beside ours
     #[arg(long, value_name = "OBJECT")]
     katran: Option<String>,
+    /// kube-proxy's program, to stand beside the rules that the suite writes; it is told the Services by the suite
+    #[arg(long, value_name = "BINARY")]
+    kube_proxy: Option<String>,
 }
 
 impl Forward {
@@ -88,6 +90,7 @@ impl Forward {
             ("--device-target", &self.device_target),
             ("--device-backend", &self.device_backend),
             ("--katran", &self.katran),
+            ("--kube-proxy", &self.kube_proxy),
         ];
         let given = options.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value.clone()?]));
         ["forward".to_owned()].into_iter().chain(only).chain(given.flatten()).collect()
@@ -130,7 +133,8 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
         }
         Some(Part::Control) => args.push("control".into()),
         Some(Part::Connect) => args.push("connect".into()),
-        Some(Part::Scale) => bail!("first packets beside nftables and iptables (L3) are not measured yet"),
+        // It shares the nodes of the forwarding part, whose rules take a minute to load.
+        Some(Part::Scale) => args.extend(["forward", "--only", "L3"].map(String::from)),
     }
     let effort = bench.effort.to_possible_value();
     args.extend(effort.iter().flat_map(|e| ["--effort".into(), e.get_name().into()]));
@@ -141,7 +145,7 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
     let host = setup::host()?;
     let toolchain = setup::toolchain()?;
     run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bins"]))?;
-    if matches!(bench.part, None | Some(Part::Control | Part::Forward(_) | Part::Connect)) {
+    if matches!(bench.part, None | Some(Part::Control | Part::Forward(_) | Part::Scale | Part::Connect)) {
         demo::build_agent(&toolchain, true)?;
         args.extend(["--agent".into(), target_dir().join("release/lb-agent").display().to_string()]);
     }

@@ -21,6 +21,7 @@ use self::{
 };
 use super::{
     Effort,
+    forward::run::clock_sees_softirqs,
     kube_proxy::{self, Mode, Proto},
     report::Row,
 };
@@ -113,6 +114,13 @@ pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
         }
     };
     rows.extend(restart::run(effort, restarted)?);
+    if let Err(e) = clock_sees_softirqs() {
+        // Restarts and what elapsed are as they are.
+        rows = rows
+            .into_iter()
+            .map(|row| if row.id == "L1" { row.noted(&format!("{e}")) } else { row })
+            .collect();
+    }
     if is_debug {
         rows = rows.into_iter().map(|row| row.noted("debug build of the agent")).collect();
     }

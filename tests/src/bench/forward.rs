@@ -95,6 +95,7 @@ pub struct Bench {
     pub program: PathBuf,
     pub services: u32,
     pub katran: Option<PathBuf>,
+    pub kube_proxy: Option<PathBuf>,
     pub node: Node<Agents>,
     pub redirect: Node<Vec<OwnedFd>>,
     pub tx: Node<OwnedFd>,
@@ -111,11 +112,13 @@ pub struct Options {
     pub device: Option<device::Device>,
     /// Katran's balancer, to stand beside ours.
     pub katran: Option<PathBuf>,
+    /// kube-proxy, to stand beside the rules that the suite writes.
+    pub kube_proxy: Option<PathBuf>,
 }
 
 impl Options {
     /// Everything, in the chain of devices.
-    pub const NONE: Self = Self { only: Vec::new(), device: None, katran: None };
+    pub const NONE: Self = Self { only: Vec::new(), device: None, katran: None, kube_proxy: None };
 }
 
 type Item = fn(&Bench) -> Result<Vec<Row>>;
@@ -131,11 +134,18 @@ const ITEMS: [(&str, Item); 8] = [
     ("P8", steady::run),
 ];
 
+/// The row of an item that this run leaves out.
+fn left_out(id: &'static str, note: &str) -> Row {
+    let item = super::ITEMS.iter().find(|(i, ..)| *i == id);
+    let (what, bar) = item.map_or(("", ""), |(_, what, bar)| (*what, *bar));
+    Row::missing(id, what, bar, note)
+}
+
 pub fn run(plan: &Plan) -> Result<Vec<Row>> {
     let program = plan.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
     if let Some(device) = &plan.forward.device {
         let mut rows = device::run(plan, &program, device)?;
-        rows.extend(ITEMS[1..].iter().map(|(id, _)| Row::missing(id, "", "", "not measured on a device")));
+        rows.extend(ITEMS[1..].iter().map(|(id, _)| left_out(id, "not measured on a device")));
         return Ok(rows);
     }
     run::clock_sees_softirqs()?;
@@ -143,15 +153,25 @@ pub fn run(plan: &Plan) -> Result<Vec<Row>> {
     let services = if effort == Effort::Small { 20 } else { 10_000 };
     let node = agent::node(&program, LANES, services, Hook::Xdp)?;
     let (redirect, tx, bare) = (empty_redirect(LANES)?, empty_tx()?, bare()?);
-    let katran = plan.forward.katran.clone();
-    let bench =
-        Bench { effort, program, services, katran, node, redirect, tx, bare, stack: stack::Kept::default() };
+    let (katran, kube_proxy) = (plan.forward.katran.clone(), plan.forward.kube_proxy.clone());
+    let bench = Bench {
+        effort,
+        program,
+        services,
+        katran,
+        kube_proxy,
+        node,
+        redirect,
+        tx,
+        bare,
+        stack: stack::Kept::default(),
+    };
     let mut rows = Vec::new();
     for (id, item) in ITEMS {
         if plan.forward.only.is_empty() || plan.forward.only.iter().any(|o| o == id) {
             rows.extend(item(&bench).with_context(|| id)?);
         } else {
-            rows.push(Row::missing(id, "", "", "not asked for in this run"));
+            rows.push(left_out(id, "not asked for in this run"));
         }
     }
     Ok(rows)

@@ -8,15 +8,17 @@ mod established;
 mod first_packet;
 mod fresh;
 mod kernel;
+mod real;
 
 use std::sync::OnceLock;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 pub use established::established;
 pub use first_packet::first_packet;
 pub use fresh::fresh;
 use kernel::Kernel;
+pub use kernel::rules;
 
 use super::{forward::Bench, kube_proxy::Mode, report::Row};
 
@@ -24,6 +26,7 @@ use super::{forward::Bench, kube_proxy::Mode, report::Row};
 #[derive(Default)]
 pub struct Kept {
     kernels: OnceLock<[Kernel; 2]>,
+    real: OnceLock<Kernel>,
 }
 
 impl Kept {
@@ -40,6 +43,15 @@ impl Kept {
         let both = [joined(nft)?, joined(iptables)?];
         Ok(self.kernels.get_or_init(|| both))
     }
+
+    /// The node with kube-proxy itself, if its program is given.
+    fn kube_proxy(&self, bench: &Bench) -> Result<Option<&Kernel>> {
+        if let (None, Some(program)) = (self.real.get(), &bench.kube_proxy) {
+            let kernel = Kernel::kube_proxy(program, bench.services).context("kube-proxy")?;
+            return Ok(Some(self.real.get_or_init(|| kernel)));
+        }
+        Ok(self.real.get())
+    }
 }
 
 /// How many times `ours` the baseline costs, which should be at least so many.
@@ -52,13 +64,13 @@ fn times_cheaper(row: Row, baseline: &str, least: Option<f64>) -> Row {
     Row { ratio, bar, met, ..row }
 }
 
-/// Both items' rows about the real thing.
+/// What is said where kube-proxy's program is not given.
 fn no_kube_proxy(id: &'static str) -> Row {
     Row::missing(
         id,
         "kube-proxy's own rules",
         "",
-        "kube-proxy is not run here: its layout is written by the suite",
+        "no program given (--kube-proxy BINARY): the suite writes its layout",
     )
 }
 

@@ -10,7 +10,7 @@ use lb_tests::bench::{
 };
 
 const USAGE: &str = "bench [packet] [size] [control] [forward] [connect] [--effort full|short|small] [--agent PROGRAM] [--only ITEM]... \
-[--device NAME --device-target IP:PORT --device-backend IP:PORT] [--katran OBJECT] [--out DIR] [--docs FILE] [--record WHY], \
+[--device NAME --device-target IP:PORT --device-backend IP:PORT] [--katran OBJECT] [--kube-proxy BINARY] [--out DIR] [--docs FILE] [--record WHY], \
 or bench generate --device NAME --to IP:PORT --mac MAC --from IP [--seconds N]";
 
 struct Options {
@@ -39,6 +39,7 @@ fn options() -> Result<Options> {
             "--device" => device = Some(value()?),
             "--device-target" => target = Some(value()?.parse()?),
             "--device-backend" => backend = Some(value()?.parse()?),
+            "--kube-proxy" => options.plan.forward.kube_proxy = Some(value()?.into()),
             "--katran" => options.plan.forward.katran = Some(value()?.into()),
             "--only" => options.plan.forward.only.push(value()?),
             "--out" => options.out = value()?.into(),

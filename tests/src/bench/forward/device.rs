@@ -90,7 +90,7 @@ fn rows(device: &Device, empty: &[Turn], ours: &[Turn]) -> Vec<Row> {
             "packets",
             lost(ours),
         )
-        .against(lost(empty)),
+        .noted(&format!("with the empty program {}", lost(empty))),
     ]
 }
 

@@ -47,7 +47,9 @@ pub fn established(bench: &Bench) -> Result<Vec<Row>> {
     let tc = agent::node(&bench.program, 1, bench.services, Hook::Tc)?;
     let (plain, tracked) = (Kernel::forwarding(Way::Plain)?, Kernel::forwarding(Way::Conntrack)?);
     let floor = kernel::empty_tc();
-    let all = Nodes { bench, tc: &tc, plain: &plain, tracked: &tracked, nft, floor: floor.as_ref().ok() };
+    let real = bench.stack.kube_proxy(bench)?;
+    let all =
+        Nodes { bench, tc: &tc, plain: &plain, tracked: &tracked, nft, floor: floor.as_ref().ok(), real };
     let mut rows = all.rows(UDP4, bench.services, Some(iptables))?;
     rows.extend(all.rows(UDP6, bench.services.min(SERVICES_V6), None)?);
     for kernel in [nft, iptables] {
@@ -56,11 +58,13 @@ pub fn established(bench: &Bench) -> Result<Vec<Row>> {
             rows.push(Row::value("P4", what, "s", kernel.loaded_in.as_secs_f64()));
         }
     }
-    if let Err(e) = floor {
+    if let Err(e) = &floor {
         let why = format!("no tcx here (Linux 6.6): {e:#}");
         rows.push(Row::missing("P4", "empty redirect by tc", "", &why));
     }
-    rows.push(no_kube_proxy("P4"));
+    if all.real.is_none() {
+        rows.push(no_kube_proxy("P4"));
+    }
     Ok(rows)
 }
 
@@ -72,6 +76,7 @@ struct Nodes<'a> {
     nft: &'a Kernel,
     /// What is left of tc when its program does nothing but send on.
     floor: Option<&'a Node<Vec<OwnedFd>>>,
+    real: Option<&'a Kernel>,
 }
 
 impl Nodes<'_> {
@@ -96,6 +101,12 @@ impl Nodes<'_> {
             path.deliver(flows.count, true)?;
             paths.push(path);
         }
+        let real_at = paths.len();
+        if let Some(real) = self.real.filter(|_| iptables.is_some()) {
+            let path = real.requests(&flows)?;
+            real.open(&path, &flows)?;
+            paths.push(path);
+        }
         let times = self.timed(&paths.iter().collect::<Vec<_>>())?;
         let what = format!("{}, {FLOWS} flows, {} Services", shape.name(), services);
         let row =
@@ -115,7 +126,20 @@ impl Nodes<'_> {
             rows.push(times_cheaper(row("XDP, against iptables", xdp, Some(iptables)), name, None));
             rows.push(times_cheaper(row("tc, against iptables", tc, Some(iptables)), name, None));
         }
-        if let Some(floor) = times.get(6) {
+        if let Some(real) = times.get(real_at) {
+            let name = "kube-proxy";
+            rows.push(times_cheaper(
+                row("XDP, against kube-proxy's own rules (nftables)", xdp, Some(real)),
+                name,
+                None,
+            ));
+            rows.push(times_cheaper(
+                row("tc, against kube-proxy's own rules (nftables)", tc, Some(real)),
+                name,
+                None,
+            ));
+        }
+        if let Some(floor) = times.get(6).filter(|_| self.floor.is_some()) {
             rows.push(row("tc, against an empty redirect by tc", tc, Some(floor)));
         }
         rows.push(row("forwarding with conntrack, against plain", tracked, Some(plain)));

@@ -58,16 +58,32 @@ pub fn fresh(bench: &Bench) -> Result<Vec<Row>> {
     }
     let empty = hot::untouched(&bench.redirect, 0, &flows, ACK, Exit::Outside(End::Server))?;
     timed.push((empty, ours));
+    let real = bench.stack.kube_proxy(bench)?;
+    if let Some(real) = real {
+        timed.push((real.requests(&flows)?, of_nft));
+    }
     let times = rounds(bench.effort, &timed, &nodes, kernels)?;
     let what = format!("{}, every packet a new flow, {}", UDP4.name(), at(bench));
     let row = |name: &str, ours: &Times, baseline| run::row("P5", format!("{what}: {name}"), ours, baseline);
-    let [xdp, tc, nft, iptables, empty] = &times[..] else { anyhow::bail!("{} times", times.len()) };
+    let [xdp, tc, nft, iptables, empty, own @ ..] = &times[..] else {
+        anyhow::bail!("{} times", times.len())
+    };
+    let of_kube_proxy = own.first().map_or_else(
+        || no_kube_proxy("P5"),
+        |own| {
+            times_cheaper(
+                row("XDP, against kube-proxy's own rules (nftables)", xdp, Some(own)),
+                "kube-proxy",
+                None,
+            )
+        },
+    );
     Ok(vec![
         times_cheaper(row("XDP, against nftables", xdp, Some(nft)), "nftables", Some(OF_NFTABLES)),
         times_cheaper(row("XDP, against iptables", xdp, Some(iptables)), "iptables", Some(OF_IPTABLES)),
         times_cheaper(row("tc, against nftables", tc, Some(nft)), "nftables", None),
         row("XDP, against an empty redirect", xdp, Some(empty)),
-        no_kube_proxy("P5"),
+        of_kube_proxy,
     ])
 }
 
