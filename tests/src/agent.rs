@@ -30,6 +30,7 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 /// A running agent; killed (without a chance to tidy up) when dropped.
 pub struct Agent {
     child: Child,
+    program: PathBuf,
     log: PathBuf,
     place: Place,
     state_dir: PathBuf,
@@ -38,9 +39,20 @@ pub struct Agent {
 impl Agent {
     /// Starts the agent of a node. It reads the manifests unless a flag names another source.
     pub fn start(node: &Node, log: &Path, manifests: &Manifests, flags: &[String]) -> anyhow::Result<Self> {
+        Self::start_build(&sibling("lb-agent")?, node, log, manifests, flags)
+    }
+
+    /// The same with another build of it.
+    pub fn start_build(
+        program: &Path,
+        node: &Node,
+        log: &Path,
+        manifests: &Manifests,
+        flags: &[String],
+    ) -> anyhow::Result<Self> {
         let output =
             File::options().create(true).append(true).open(log).context("cannot open the agent's log")?;
-        let mut command = node.place.command(&sibling("lb-agent")?)?;
+        let mut command = node.place.command(program)?;
         command.arg("run");
         if !flags.iter().any(|f| f.starts_with("--source=")) {
             command.arg(format!("--source=manifests:{}", manifests.dir().display()));
@@ -55,7 +67,13 @@ impl Agent {
             .stdout(output.try_clone()?)
             .stderr(output);
         let child = command.spawn().context("cannot start lb-agent")?;
-        Ok(Self { child, log: log.to_owned(), place: node.place.clone(), state_dir: node.state_dir() })
+        Ok(Self {
+            child,
+            log: log.to_owned(),
+            program: program.to_owned(),
+            place: node.place.clone(),
+            state_dir: node.state_dir(),
+        })
     }
 
     /// Waits until everything known at start is programmed.
@@ -108,7 +126,7 @@ impl Agent {
 
     /// Runs another subcommand (`cleanup`, `services`, ...) on this node; gives what it printed.
     pub fn command(&self, subcommand: &str, args: &[&str]) -> anyhow::Result<String> {
-        let mut command = self.place.command(&sibling("lb-agent")?)?;
+        let mut command = self.place.command(&self.program)?;
         succeed(command.arg(subcommand).arg(format!("--state-dir={}", self.state_dir.display())).args(args))
     }
 

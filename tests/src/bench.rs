@@ -5,12 +5,14 @@
 //! * [`size`] and [`paths`] (D1): what does not depend on the machine;
 //! * [`kube_proxy`]: what the kernel's own ways of serving Services are measured with;
 //! * [`control`] (C1 to C5): the agent against a server that lists and watches;
+//! * [`connect`] (L1, L2, C6): connections through real sockets;
 //! * [`report`] and [`chart`]: what is said of it.
 //!
 //! Nothing here judges a time in a test: tests run all of it in a small form and look at what was measured, not how fast
 //! it was.
 
 pub mod chart;
+pub mod connect;
 pub mod control;
 pub mod docs;
 pub mod forward;
@@ -107,10 +109,11 @@ pub enum Part {
     Size,
     Control,
     Forward,
+    Connect,
 }
 
 impl Part {
-    pub const ALL: [Self; 4] = [Self::Packet, Self::Size, Self::Control, Self::Forward];
+    pub const ALL: [Self; 5] = [Self::Packet, Self::Size, Self::Control, Self::Forward, Self::Connect];
 
     pub const fn name(self) -> &'static str {
         match self {
@@ -118,6 +121,7 @@ impl Part {
             Self::Size => "size",
             Self::Control => "control",
             Self::Forward => "forward",
+            Self::Connect => "connect",
         }
     }
 
@@ -128,6 +132,7 @@ impl Part {
             Self::Size => &["D1"],
             Self::Control => &["C1", "C2", "C3", "C4", "C5"],
             Self::Forward => &["P2", "P3", "P4", "P5", "P7", "P8", "P9", "L3"],
+            Self::Connect => &["C6", "L1", "L2"],
         }
     }
 
@@ -138,6 +143,7 @@ impl Part {
             Self::Size => size::rows()?,
             Self::Control => control::run(effort, plan.agent.clone())?,
             Self::Forward => forward::run(plan)?,
+            Self::Connect => connect::run(effort, plan.agent.clone())?,
         })
     }
 }

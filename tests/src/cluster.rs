@@ -28,7 +28,7 @@ use crate::{
     janitor::{Janitor, Thing},
     manifests::Manifests,
     netns::Netns,
-    place::{Family, Pair, Place, cgroup_mount},
+    place::{Family, Pair, Place, cgroup_mount, sibling},
     traffic::Server,
 };
 
@@ -52,11 +52,13 @@ pub struct Options {
     pub offloads: bool,
     /// Added to the command line of every agent.
     pub agent_flags: Vec<String>,
+    /// The agent; without it, the one that was built along with this program.
+    pub agent: Option<PathBuf>,
 }
 
 impl Options {
     pub const fn new(layout: Layout) -> Self {
-        Self { layout, offloads: true, agent_flags: Vec::new() }
+        Self { layout, offloads: true, agent_flags: Vec::new(), agent: None }
     }
 
     /// Adds a flag to the command line of every agent.
@@ -182,8 +184,9 @@ impl Cluster {
         drop(self.agents.remove(&name));
         let all: Vec<String> =
             self.options.agent_flags.iter().cloned().chain(flags.iter().map(|f| (*f).to_owned())).collect();
+        let program = self.options.agent.clone().map_or_else(|| sibling("lb-agent"), Ok)?;
         let node = self.node(number);
-        let agent = Agent::start(node, &node.dir.join("agent.log"), &self.manifests, &all)?;
+        let agent = Agent::start_build(&program, node, &node.dir.join("agent.log"), &self.manifests, &all)?;
         self.agents.insert(name, agent);
         Ok(())
     }

@@ -91,7 +91,7 @@ impl Netns {
 }
 
 /// Moves the calling thread into a namespace.
-fn enter(ns: &File) -> std::io::Result<()> {
+pub(crate) fn enter(ns: &File) -> std::io::Result<()> {
     // SAFETY: setns takes a file descriptor, open for as long as `ns` lives, and touches no memory.
     match unsafe { libc::setns(ns.as_raw_fd(), libc::CLONE_NEWNET) } {
         0 => Ok(()),

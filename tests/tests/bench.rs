@@ -5,7 +5,12 @@ use std::{collections::BTreeSet, os::unix::fs::PermissionsExt as _};
 
 use anyhow::{Result, ensure};
 use lb_tests::{
-    bench::{self, Effort, Part, Plan, forward, kube_proxy::Mode, report, size, stack},
+    bench::{
+        self, Effort, Part, Plan, forward,
+        kube_proxy::Mode,
+        report::{self, Row},
+        size, stack,
+    },
     place::Family,
 };
 
@@ -26,12 +31,15 @@ fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
         ensure!(row.ours.is_some() || !row.note.is_empty(), "not measured, and nobody says why: {row:?}");
         ensure!(row.ours.is_none_or(f64::is_finite), "{row:?}");
     }
-    for id in ["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9", "C1", "C2", "C3", "C4", "C5", "L3", "D1"]
-    {
+    for id in [
+        "P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9", "C1", "C2", "C3", "C4", "C5", "C6", "L1", "L2",
+        "L3", "D1",
+    ] {
         // Two CPUs are measured where there are two.
         let is_there = id != "P9" || std::thread::available_parallelism()?.get() > 1;
         ensure!(!is_there || rows.iter().any(|r| r.id == id && r.met.is_some()), "{id} has no bar");
     }
+    check_connections(&rows)?;
     let dir = tempfile::tempdir()?;
     report::write(&rows, dir.path())?;
     let text = std::fs::read_to_string(dir.path().join("results.json"))?;
@@ -42,6 +50,19 @@ fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
     for file in ["results.csv", "p1.svg", "p2.svg", "p4.svg", "p6.svg"] {
         ensure!(dir.path().join(file).is_file(), "no {file}");
     }
+    Ok(())
+}
+
+/// L1, L2, C6. That every connection reached the right server and got its byte back, the client has seen to.
+fn check_connections(rows: &[Row]) -> Result<()> {
+    for way in ["socket hooks: ", "packet path: ", "nftables, 10 Services: ", "iptables, 10 Services: "] {
+        for id in ["L1", "L2"] {
+            let of_way = |r: &&Row| r.id == id && r.what.contains(way) && r.ratio.is_some_and(|r| r > 0.0);
+            ensure!(rows.iter().filter(of_way).count() >= 2, "{id}, {way}{rows:?}");
+        }
+    }
+    let restarts: Vec<_> = rows.iter().filter(|r| r.id == "C6" && r.what.contains("kill -9")).collect();
+    ensure!(restarts.len() == 2 && restarts.iter().all(|r| r.ours == Some(0.0)), "{restarts:?}");
     Ok(())
 }
 

@@ -2,7 +2,6 @@
 
 use std::{ffi::OsStr, process::Command};
 
-use anyhow::bail;
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::{
@@ -55,7 +54,7 @@ enum Part {
     },
     /// The agent, as a release build, against an API server (C1 to C5)
     Control,
-    /// Connections through sockets (L1, L2); not there yet
+    /// Connections through sockets, beside kube-proxy's rules, and restarts under traffic (L1, L2, C6)
     Connect,
     /// First packets by number of Services, beside nftables and iptables (L3)
     Scale,
@@ -133,7 +132,7 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
             args.extend(pairs.into_iter().flat_map(|(name, value)| [name.into(), value.clone()]));
         }
         Some(Part::Control) => args.push("control".into()),
-        Some(Part::Connect) => bail!("connections through sockets (L1, L2) are not measured yet"),
+        Some(Part::Connect) => args.push("connect".into()),
         // It shares the nodes of the forwarding part, whose rules take a minute to load.
         Some(Part::Scale) => args.extend(["forward", "--only", "L3"].map(String::from)),
     }
@@ -145,8 +144,8 @@ pub fn run_bench(bench: &Bench) -> anyhow::Result<()> {
     }
     let host = setup::host()?;
     let toolchain = setup::toolchain()?;
-    run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bin", "bench"]))?;
-    if matches!(bench.part, None | Some(Part::Control | Part::Forward(_) | Part::Scale)) {
+    run(toolchain.cargo().args(["build", "--package", "lb-tests", "--bins"]))?;
+    if matches!(bench.part, None | Some(Part::Control | Part::Forward(_) | Part::Scale | Part::Connect)) {
         demo::build_agent(&toolchain, true)?;
         args.extend(["--agent".into(), target_dir().join("release/lb-agent").display().to_string()]);
     }

@@ -29,7 +29,8 @@ fn chart(id: &str, rows: &[&Row]) -> String {
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"8\" y=\"18\" font-size=\"14\">{id}: ns per packet (grey: the baseline beside it)</text>\n"
+         <text x=\"8\" y=\"18\" font-size=\"14\">{id}: {} (grey: the baseline beside it)</text>\n",
+        measured(id)
     );
     for (i, row) in rows.iter().enumerate() {
         let y = TOP + i * (BAR + GAP);
@@ -50,6 +51,15 @@ fn chart(id: &str, rows: &[&Row]) -> String {
     }
     svg.push_str("</svg>\n");
     svg
+}
+
+/// What the bars of an item are.
+fn measured(id: &str) -> &'static str {
+    match id {
+        "L1" => "ns per connection",
+        "L2" => "ns per request",
+        _ => "ns per packet",
+    }
 }
 
 fn escaped(text: &str) -> String {

@@ -9,7 +9,7 @@ use lb_tests::bench::{
     machine, report, size,
 };
 
-const USAGE: &str = "bench [packet] [size] [control] [forward] [--effort full|short|small] [--agent PROGRAM] [--only ITEM]... \
+const USAGE: &str = "bench [packet] [size] [control] [forward] [connect] [--effort full|short|small] [--agent PROGRAM] [--only ITEM]... \
 [--device NAME --device-target IP:PORT --device-backend IP:PORT] [--katran OBJECT] [--kube-proxy BINARY] [--out DIR] [--docs FILE] [--record WHY], \
 or bench generate --device NAME --to IP:PORT --mac MAC --from IP [--seconds N]";
 

@@ -2,6 +2,7 @@
 
 use anyhow::Context as _;
 use lb_tests::{
+    bench::connect::worker,
     janitor,
     traffic::{Task, client, server},
 };
@@ -15,5 +16,6 @@ fn main() -> anyhow::Result<()> {
         Task::Session(call) => client::session(&call),
         Task::Load(call) => client::load(&call),
         Task::Bulk { to, bytes } => client::bulk(to, bytes),
+        Task::Connect(job) => worker::run(&job),
     }
 }

@@ -8,6 +8,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::bench::connect::worker;
+
 /// What a process has to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Task {
@@ -23,6 +25,8 @@ pub enum Task {
     Load(Call),
     /// Send and receive that many bytes. Prints `Result<(), Failure>`.
     Bulk { to: SocketAddr, bytes: u64 },
+    /// Client and server of a benchmark. See there.
+    Connect(worker::Job),
 }
 
 /// The task as a command-line argument.
