@@ -489,6 +489,29 @@ impl Lab {
     }
 }
 
+/// Keeps the calling thread on the CPU that it runs on, until this is dropped: each CPU has a flow cache of its own.
+pub struct OneCpu(libc::cpu_set_t);
+
+impl OneCpu {
+    pub fn here() -> Self {
+        // SAFETY: sets of the size given, for the calling thread alone; all zeroes are an empty set.
+        unsafe {
+            let (mut before, mut here): (libc::cpu_set_t, libc::cpu_set_t) = std::mem::zeroed();
+            libc::sched_getaffinity(0, size_of_val(&before), &mut before);
+            libc::CPU_SET(libc::sched_getcpu() as usize, &mut here);
+            libc::sched_setaffinity(0, size_of_val(&here), &here);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for OneCpu {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { libc::sched_setaffinity(0, size_of_val(&self.0), &self.0) };
+    }
+}
+
 /// Runs `ip` in the calling thread's namespace.
 pub fn ip(args: &str) -> Result<()> {
     let output = Command::new("ip").args(args.split_whitespace()).output().context("ip")?;

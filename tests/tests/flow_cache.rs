@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use lb_common::conntrack::flags;
 use lb_tests::{
     frame::Frame,
-    lab::{Action, Dev, Hook, Lab, Options, ip},
+    lab::{Action, Dev, Hook, Lab, OneCpu, Options, ip},
     packets::{ACK, FIN_ACK, Net, SYN, SYN_ACK, assert_frame, external, nets, one_backend, tcp, udp},
 };
 
@@ -16,25 +16,15 @@ const TICKS: Duration = Duration::from_millis(40);
 const LONG: u32 = 1 << 28;
 const SHORT: u32 = 2;
 
-/// Each CPU has its own cache.
-fn stay_on_this_cpu() {
-    // SAFETY: plain integers and a zeroed set, for the calling thread alone.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(libc::sched_getcpu() as usize, &mut set);
-        libc::sched_setaffinity(0, size_of_val(&set), &set);
-    }
-}
-
-fn lab(flow_cache: u32) -> Result<(Lab, Dev)> {
+fn lab(flow_cache: u32) -> Result<(Lab, Dev, OneCpu)> {
     lab_with_second(flow_cache, LONG)
 }
 
-fn lab_with_second(flow_cache: u32, jiffies_per_s: u32) -> Result<(Lab, Dev)> {
-    stay_on_this_cpu();
+fn lab_with_second(flow_cache: u32, jiffies_per_s: u32) -> Result<(Lab, Dev, OneCpu)> {
+    let cpu = OneCpu::here();
     let mut lab = Lab::with(Options { flow_cache, jiffies_per_s, ..Options::default() })?;
     let ext = external(&mut lab)?;
-    Ok((lab, ext))
+    Ok((lab, ext, cpu))
 }
 
 /// A UDP packet and one from the middle of a TCP connection.
@@ -63,7 +53,7 @@ fn flows_are_cached_until_their_epoch_or_their_second_ends() -> Result<()> {
     for n in nets() {
         for frame in requests(n, 40_000) {
             let frame = frame.bytes();
-            let (mut lab, ext) = lab(1024)?;
+            let (mut lab, ext, _cpu) = lab(1024)?;
             one_backend(&mut lab, n, (n.pod, 8080), true)?;
             let translated = open(&lab, ext, &frame)?;
             ensure!(is_cached(&mut lab, ext, &frame, &translated)?, "not cached");
@@ -72,7 +62,7 @@ fn flows_are_cached_until_their_epoch_or_their_second_ends() -> Result<()> {
             let translated = open(&lab, ext, &frame)?;
             ensure!(is_cached(&mut lab, ext, &frame, &translated)?, "not cached again");
 
-            let (mut lab, ext) = lab_with_second(1024, SHORT)?;
+            let (mut lab, ext, _cpu) = lab_with_second(1024, SHORT)?;
             one_backend(&mut lab, n, (n.pod, 8080), true)?;
             let translated = open(&lab, ext, &frame)?;
             sleep(TICKS);
@@ -84,7 +74,7 @@ fn flows_are_cached_until_their_epoch_or_their_second_ends() -> Result<()> {
 
 #[test]
 fn without_slots_nothing_is_cached() -> Result<()> {
-    let (mut lab, ext) = lab(0)?;
+    let (mut lab, ext, _cpu) = lab(0)?;
     let n = nets()[0];
     one_backend(&mut lab, n, (n.pod, 8080), true)?;
     let frame = udp((n.client, 40_000), (n.vip, 80)).bytes();
@@ -97,7 +87,7 @@ fn without_slots_nothing_is_cached() -> Result<()> {
 #[test]
 fn caches_change_nothing_about_any_packet() -> Result<()> {
     fn all(flow_cache: u32) -> Result<Vec<(Action, Vec<u8>)>> {
-        let (mut lab, ext) = lab(flow_cache)?;
+        let (mut lab, ext, _cpu) = lab(flow_cache)?;
         for n in nets() {
             one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
             let local = lab.backend((n.pod, 9000), true)?;
@@ -147,7 +137,7 @@ fn caches_change_nothing_about_any_packet() -> Result<()> {
 #[test]
 fn a_cached_flow_ends_with_its_connection() -> Result<()> {
     for n in nets() {
-        let (mut lab, ext) = lab(1024)?;
+        let (mut lab, ext, _cpu) = lab(1024)?;
         let service = one_backend(&mut lab, n, (n.pod, 8080), true)?;
         let other = lab.backend((n.pod, 9090), true)?;
         let (client, vip) = ((n.client, 40_000), (n.vip, 80));
@@ -172,7 +162,7 @@ fn a_cached_flow_ends_with_its_connection() -> Result<()> {
 #[test]
 fn j2_a_reset_is_not_kept_back_by_the_cache() -> Result<()> {
     for n in nets() {
-        let (mut lab, ext) = lab(1024)?;
+        let (mut lab, ext, _cpu) = lab(1024)?;
         one_backend(&mut lab, n, (n.pod, 8080), true)?;
         let frame = tcp(ACK, (n.client, 40_000), (n.vip, 80)).bytes();
         open(&lab, ext, &frame)?;
@@ -188,7 +178,7 @@ fn j2_a_reset_is_not_kept_back_by_the_cache() -> Result<()> {
 #[test]
 fn cached_ways_out_have_an_mtu_and_end_with_the_ttl() -> Result<()> {
     for n in nets() {
-        let (mut lab, ext) = lab(1024)?;
+        let (mut lab, ext, _cpu) = lab(1024)?;
         one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
         ip("link set ext0 mtu 1400")?;
         let request = |ttl, bytes| {
@@ -209,7 +199,7 @@ fn cached_ways_out_have_an_mtu_and_end_with_the_ttl() -> Result<()> {
 /// The kernel forgets neighbours that it sends nothing to.
 #[test]
 fn the_stack_sends_one_packet_a_second_to_each_neighbour() -> Result<()> {
-    let (mut lab, ext) = lab(1024)?;
+    let (mut lab, ext, _cpu) = lab(1024)?;
     let n = nets()[0];
     one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
     let frames: Vec<_> = (0..8).map(|port| udp((n.client, 40_000 + port), (n.vip, 80)).bytes()).collect();

@@ -9,6 +9,7 @@ use super::{
     insn::{self, Field, NOT_RUN},
     sys::{self, MapType, ProgType, Ran},
 };
+use crate::lab::OneCpu;
 
 /// The two halves of a baseline may differ by this much; a run where they differ by more is marked.
 const STEADY: f64 = 0.10;
@@ -102,6 +103,7 @@ impl Timing {
 
 /// Runs both in turns: A B B A.
 pub fn compare(effort: Effort, repeat: u32, ours: &Feeder, baseline: &Feeder) -> Result<(Timing, Ran)> {
+    let _cpu = OneCpu::here();
     let mut rounds = Vec::new();
     let mut last = None;
     for _ in 0..effort.rounds() {

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, os::fd::AsFd as _};
 
 use anyhow::{Context as _, Result, ensure};
-use lb_common::proto;
+use lb_common::{maps::capacity, proto};
 
 use super::{
     Effort,
@@ -35,7 +35,12 @@ pub struct World {
 
 /// The real object with maps as large as the agent makes them, in a namespace with routes to everything.
 pub fn world() -> Result<World> {
-    let mut lab = Lab::with(Options { default_sizes: true, flow_entries: 2_000_000, ..Options::default() })?;
+    world_with(Options { flow_cache: capacity::FLOW_CACHE, ..Options::default() })
+}
+
+/// The same with another cache, or a second of another length.
+pub fn world_with(options: Options) -> Result<World> {
+    let mut lab = Lab::with(Options { default_sizes: true, flow_entries: 2_000_000, ..options })?;
     let external = packets::external(&mut lab)?;
     ip("route add 198.18.0.0/15 via 192.0.2.254 dev ext0")?;
     Ok(World { lab, external })
@@ -115,8 +120,22 @@ pub fn run(effort: Effort) -> Result<Vec<Row>> {
                 timed.push((net.is_v6, *name, case, timing));
             }
         }
+        rows.extend(without_cache(&net, effort)?);
     }
     rows.extend(ratios(&timed));
+    Ok(rows)
+}
+
+/// What packets pay that the flow cache has no place for, or no longer: for each flow one a second at least.
+fn without_cache(net: &Net, effort: Effort) -> Result<Vec<Row>> {
+    let mut world = world_with(Options { flow_cache: 0, ..Options::default() })?;
+    serve(&mut world.lab, net)?;
+    let by_xdp = |case: &Case| case.hook == Hook::Xdp && !matches!(case.role, Role::New);
+    let mut rows = Vec::new();
+    for case in cases(&world, net, &L4::Udp)?.into_iter().filter(by_xdp) {
+        let timing = time(&world, net, &case, effort)?;
+        rows.push(Row::timed("P1", format!("{} UDP {}, without flow cache", net.name(), case.what), &timing));
+    }
     Ok(rows)
 }
 

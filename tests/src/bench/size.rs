@@ -9,13 +9,17 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya_obj::Object;
 use lb_agent::datapath::OBJECT;
-use lb_common::maps::program;
+use lb_common::maps::{capacity, program};
 use serde::{Deserialize, Serialize};
 
 use super::{machine, packet, paths, report::Row};
+use crate::lab::Options;
 
 /// A value may grow by this much without a word.
 const GROWTH: f64 = 0.05;
+
+/// In ticks: longer than the paths take.
+const LONG_SECOND: u32 = 1 << 28;
 
 /// Programs that the kernel is asked about: those that see packets.
 const VERIFIED: [&str; 3] = [program::XDP, program::TC_INGRESS, program::TC_EGRESS];
@@ -53,7 +57,11 @@ pub fn measure() -> Result<Record> {
     let mut object = Object::parse(OBJECT)?;
     let sections = object.functions.keys().map(|(section, _)| *section).collect();
     object.relocate_calls(&sections)?;
-    let mut world = packet::world()?;
+    let mut world = packet::world_with(Options {
+        flow_cache: capacity::FLOW_CACHE,
+        jiffies_per_s: LONG_SECOND,
+        ..Options::default()
+    })?;
     let mut programs = BTreeMap::new();
     for (name, program) in &object.programs {
         let key = (program.section_index, program.address);
