@@ -36,6 +36,7 @@ pub use self::connect::{Error, client};
 use self::link::{Link, Links};
 use super::{
     Closed, Event, Kind, Object, ObjectRef, send,
+    slim::Slim,
     status::SourceStatus,
     strip::{Strip, foreign_labels},
 };
@@ -62,9 +63,9 @@ pub async fn run(client: Client, node_name: &str, tx: mpsc::Sender<Event>, statu
     };
     let all = async {
         tokio::join!(
-            source.watch(Api::<Service>::all(client.clone()), Kind::Service, ours(Kind::Service)),
+            source.watch(Api::<Slim<Service>>::all(client.clone()), Kind::Service, ours(Kind::Service)),
             source.watch(
-                Api::<EndpointSlice>::all(client.clone()),
+                Api::<Slim<EndpointSlice>>::all(client.clone()),
                 Kind::EndpointSlice,
                 ours(Kind::EndpointSlice)
             ),
