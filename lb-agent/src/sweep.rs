@@ -169,7 +169,9 @@ impl Sweeper {
             })
         };
         let until = self.clock.jiffies()?;
-        let in_use = |id| self.services.load(id).is_some_and(|record| record.in_use != 0);
+        // What cannot be read is left alone.
+        let in_use =
+            |id| self.services.load(id).map_or(true, |found| found.is_some_and(|record| record.in_use != 0));
         let in_use = recovered.then_some(&in_use as &dyn Fn(u32) -> bool);
         let of = |family| Serving::of(family, concerning(), in_use, until);
         let (serving4, serving6) = (of(Family::V4), of(Family::V6));

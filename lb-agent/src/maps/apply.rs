@@ -225,11 +225,11 @@ impl Maps {
     fn switch_cidr(&mut self, family: Family, index: u32, flags: u32) -> Result<(), MapError> {
         match family {
             Family::V4 => {
-                let element = self.cidrs4.load(index).unwrap_or_default();
+                let element = self.cidrs4.load(index)?.unwrap_or_default();
                 self.cidrs4.store(index, &ServiceCidr { flags, ..element })
             }
             Family::V6 => {
-                let element = self.cidrs6.load(index).unwrap_or_default();
+                let element = self.cidrs6.load(index)?.unwrap_or_default();
                 self.cidrs6.store(index, &ServiceCidr { flags, ..element })
             }
         }
