@@ -23,6 +23,7 @@ use tokio::{
 
 use crate::{
     health::Status,
+    memory,
     metrics::Metrics,
     plan::Departures,
     source::{Event, Object, ObjectRef},
@@ -111,6 +112,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         self.await_addresses().await;
         self.queued();
         self.sync().await?;
+        self.give_memory_back().await?;
         let mut beat = interval(BEAT);
         let mut audit = interval(AUDIT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -230,7 +232,13 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
 
     async fn audit(&mut self) -> Result<(), Error> {
         let addresses = self.wiring.addresses.borrow_and_update().clone();
-        self.blocking(move |core| core.audit(&addresses)).await
+        self.blocking(move |core| core.audit(&addresses)).await?;
+        self.give_memory_back().await
+    }
+
+    /// After the first lists, and after everything was read again: most of what that took is free by now.
+    async fn give_memory_back(&self) -> Result<(), Error> {
+        tokio::task::spawn_blocking(memory::give_back).await.map_err(Error::Cancelled)
     }
 
     /// Works on a thread where waiting for the kernel is allowed.
