@@ -129,6 +129,7 @@ impl Backends {
         entry.local_refs -= u32::from(is_local);
         if entry.refs == 0 && entry.written == Written::No {
             self.forget(id);
+            self.ids.release(id);
             self.touched.remove(&id);
         } else {
             self.touched.insert(id);
@@ -152,7 +153,6 @@ impl Backends {
             if self.by_key.get(&entry.key) == Some(&id) {
                 self.by_key.remove(&entry.key);
             }
-            self.ids.release(id);
         }
     }
 
@@ -162,8 +162,8 @@ impl Backends {
     }
 
     /// Operations for all changes since the last call: `writes` for before, `clears` for after the grace period.
-    /// Cleared ids are free again.
-    pub(super) fn finish(&mut self, writes: &mut Vec<MapOp>, clears: &mut Vec<MapOp>) {
+    /// Cleared ids are `freed`: to be given back.
+    pub(super) fn finish(&mut self, writes: &mut Vec<MapOp>, clears: &mut Vec<MapOp>, freed: &mut Vec<u32>) {
         let family = self.family;
         clears.extend(self.strays.drain(..).map(|id| MapOp::ClearBackend { family, id }));
         for id in std::mem::take(&mut self.touched) {
@@ -176,11 +176,19 @@ impl Backends {
             if wanted == Written::No {
                 clears.push(MapOp::ClearBackend { family, id });
                 self.forget(id);
+                freed.push(id);
                 continue;
             }
             let (addr, port, protocol) = entry.key;
             let backend = Backend { addr, port, protocol, local: wanted == Written::Local };
             writes.push(MapOp::WriteBackend { id, backend });
+        }
+    }
+
+    /// These ids are free again.
+    pub(super) fn give_back(&mut self, freed: &[u32]) {
+        for id in freed {
+            self.ids.release(*id);
         }
     }
 

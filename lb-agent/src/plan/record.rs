@@ -192,7 +192,7 @@ impl Planner {
                     self.slots.release(run.base, run.backends.len() as u32);
                 }
             }
-            self.give_back(record.family, held.acquired);
+            self.let_go(record.family, held.acquired);
             return Err((Resource::Slots, self.capacities.slots));
         };
         // After the new ones are held: what is in both never drops to nobody.
@@ -231,11 +231,11 @@ impl Planner {
     }
 
     fn out_of_backends(&mut self, family: Family, held: Held) -> Full {
-        self.give_back(family, held.acquired);
+        self.let_go(family, held.acquired);
         (Resource::Backends(family), self.capacities.backends)
     }
 
-    fn give_back(&mut self, family: Family, acquired: Vec<(u32, bool)>) {
+    fn let_go(&mut self, family: Family, acquired: Vec<(u32, bool)>) {
         for (id, is_local) in acquired {
             self.backends(family).release(id, is_local);
         }
@@ -331,6 +331,6 @@ fn swap(run: &mut Run, placed: Placed, draft: &mut Draft) {
     // Where a broken range leads nobody knows; nobody is there any more after a grace period.
     draft.grace |= old.broken;
     if !old.broken && !old.backends.is_empty() {
-        draft.freed_runs.push((old.base, old.backends.len() as u32));
+        draft.freed.runs.push((old.base, old.backends.len() as u32));
     }
 }
