@@ -175,8 +175,8 @@ pub struct Planner {
     addresses: Addresses,
     /// Of frontends and addresses.
     room: Room,
-    /// What each Service says about addresses as a whole.
-    claimed: BTreeMap<ServiceKey, BTreeSet<(IpAddr, u32)>>,
+    /// What each Service says about addresses as a whole: few each.
+    claimed: BTreeMap<ServiceKey, Box<[(IpAddr, u32)]>>,
     cidrs: Cidrs,
     range_room: Room,
     members_in_kernel: u32,
@@ -325,18 +325,18 @@ impl Planner {
                 self.addresses.claim(*addr, *kind);
             }
         }
-        for (addr, kind) in before.difference(&wanted) {
+        for (addr, kind) in before.iter().filter(|claim| !wanted.contains(claim)) {
             self.addresses.withdraw(*addr, *kind);
         }
         if !wanted.is_empty() {
-            self.claimed.insert(key.clone(), wanted);
+            self.claimed.insert(key.clone(), wanted.into_iter().collect());
         }
     }
 
     /// Addresses share the maps of the frontends, which may be full.
     fn reject_unknown_addresses(&self, work: &BTreeSet<ServiceKey>, draft: &mut Draft) {
         for key in work {
-            let claimed = self.claimed.get(key).into_iter().flatten();
+            let claimed = self.claimed.get(key).into_iter().flat_map(|claims| claims.iter());
             let unknown = claimed.filter(|(addr, _)| !self.addresses.is_known(*addr));
             draft.rejections.extend(unknown.map(|(addr, _)| Rejection::Full {
                 service: key.clone(),
