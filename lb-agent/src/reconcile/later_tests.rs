@@ -61,7 +61,9 @@ fn a_replaced_endpoint_is_in_force_before_the_grace_period_and_cleared_after_it(
 #[test]
 fn what_packets_may_use_is_written_by_nobody_until_it_is_given_back() {
     let mut core = programmed();
-    let mut used = (BTreeSet::new(), BTreeSet::new());
+    let state = &core.kernel.state;
+    let mut used: (BTreeSet<u32>, BTreeSet<u32>) =
+        ((0..state.slots.len() as u32).collect(), state.backends4.keys().copied().collect());
     let mut change = |core: &mut Core<FakeKernel>, endpoint, is_new: bool| {
         core.apply(&slice(0, &[0, endpoint]));
         core.sync_early(&addresses()).unwrap();
