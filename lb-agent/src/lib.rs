@@ -10,6 +10,7 @@ pub mod host;
 pub mod http;
 pub mod inspect;
 pub mod maps;
+pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod plan;

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
 }
 
 fn run(config: config::Config) -> anyhow::Result<()> {
+    lb_agent::memory::configure();
     log(&config.log)?;
     if let Some(notes) = &config.notes {
         notes.log();

@@ -34,6 +34,7 @@ mod stats;
 mod sys;
 mod table;
 
+pub(crate) use apply::wait_for_packets;
 pub use apply::{Applied, Refused};
 pub use clock::{ClockError, KernelClock};
 pub use devices::Devices;
@@ -189,6 +190,7 @@ impl Maps {
         self.frontends4.without_batches();
         self.frontends6.without_batches();
         self.members.without_batches();
+        self.names.without_batches();
         self.ranges4.without_batches();
         self.ranges6.without_batches();
     }

@@ -96,6 +96,27 @@ pub struct Plan {
     /// This plan freed something that a rejected Service may be waiting for: plan again (with no Service, or the next
     /// dirty ones).
     pub retry: bool,
+    /// What is free after the operations up to [`MapOp::Grace`] and the grace period, if the planner may hold it back
+    /// ([`Planner::hold_back`]) and this plan allows that: the operations after it only clear what is in here.
+    pub held_back: Option<Freed>,
+}
+
+/// What no packet uses after a grace period. Nobody else gets it before [`Planner::give_back`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Freed {
+    /// Slots: base and length.
+    runs: Vec<(u32, u32)>,
+    backends4: Vec<u32>,
+    backends6: Vec<u32>,
+}
+
+impl Freed {
+    /// Takes in what another plan freed.
+    pub fn append(&mut self, mut other: Self) {
+        self.runs.append(&mut other.runs);
+        self.backends4.append(&mut other.backends4);
+        self.backends6.append(&mut other.backends6);
+    }
 }
 
 /// The endpoints of this record are now these; whoever speaks to another one speaks to a retired backend.
@@ -154,8 +175,8 @@ pub struct Planner {
     addresses: Addresses,
     /// Of frontends and addresses.
     room: Room,
-    /// What each Service says about addresses as a whole.
-    claimed: BTreeMap<ServiceKey, BTreeSet<(IpAddr, u32)>>,
+    /// What each Service says about addresses as a whole: few each.
+    claimed: BTreeMap<ServiceKey, Box<[(IpAddr, u32)]>>,
     cidrs: Cidrs,
     range_room: Room,
     members_in_kernel: u32,
@@ -166,6 +187,7 @@ pub struct Planner {
     /// What the kernel had at start and no record owns: goes with the first plan.
     leftovers: Option<Leftovers>,
     no_local: NoLocal,
+    holds_back: bool,
     /// Services with records of an earlier run that have not been planned since.
     inherited: BTreeSet<ServiceKey>,
     held: Held,
@@ -247,9 +269,8 @@ impl Planner {
         self.reject_unknown_addresses(&work, &mut draft);
         let cidrs = model.service_cidrs().chain(&node.service_cidrs);
         self.cidrs.plan(cidrs, |family| self.addresses.around_cluster_ips(family), &mut draft);
-        for backends in [&mut self.backends4, &mut self.backends6] {
-            backends.finish(&mut draft.backends, &mut draft.clear_backends);
-        }
+        self.backends4.finish(&mut draft.backends, &mut draft.clear_backends, &mut draft.freed.backends4);
+        self.backends6.finish(&mut draft.backends, &mut draft.clear_backends, &mut draft.freed.backends6);
         self.complete(draft)
     }
 
@@ -304,18 +325,18 @@ impl Planner {
                 self.addresses.claim(*addr, *kind);
             }
         }
-        for (addr, kind) in before.difference(&wanted) {
+        for (addr, kind) in before.iter().filter(|claim| !wanted.contains(claim)) {
             self.addresses.withdraw(*addr, *kind);
         }
         if !wanted.is_empty() {
-            self.claimed.insert(key.clone(), wanted);
+            self.claimed.insert(key.clone(), wanted.into_iter().collect());
         }
     }
 
     /// Addresses share the maps of the frontends, which may be full.
     fn reject_unknown_addresses(&self, work: &BTreeSet<ServiceKey>, draft: &mut Draft) {
         for key in work {
-            let claimed = self.claimed.get(key).into_iter().flatten();
+            let claimed = self.claimed.get(key).into_iter().flat_map(|claims| claims.iter());
             let unknown = claimed.filter(|(addr, _)| !self.addresses.is_known(*addr));
             draft.rejections.extend(unknown.map(|(addr, _)| Rejection::Full {
                 service: key.clone(),
@@ -328,8 +349,9 @@ impl Planner {
 
     /// Gives back what the plan frees, for the plans after it.
     fn complete(&mut self, mut draft: Draft) -> Plan {
-        for (base, len) in draft.freed_runs.iter() {
-            self.slots.release(*base, *len);
+        let held_back = (self.holds_back && draft.can_wait()).then(|| draft.freed.clone());
+        if held_back.is_none() {
+            self.release(&draft.freed);
         }
         for id in &draft.freed_records {
             self.record_ids.release(*id);
@@ -346,7 +368,7 @@ impl Planner {
                 self.range_room.free_after_plan(Family::of_net(net));
             }
         }
-        draft.freed |= self.room.complete() | self.range_room.complete();
+        draft.frees_room |= self.room.complete() | self.range_room.complete();
         self.retry |= draft.frees();
         draft.retired.sort_by_key(|r| r.service);
         Plan {
@@ -354,7 +376,33 @@ impl Planner {
             retired: std::mem::take(&mut draft.retired),
             retry: self.retry && self.starved().next().is_some(),
             ops: draft.into_ops(),
+            held_back,
         }
+    }
+
+    /// From now on plans may leave what they free to whoever carries them out, so that the next one need not wait for the
+    /// grace period.
+    pub fn hold_back(&mut self, holds_back: bool) {
+        self.holds_back = holds_back;
+    }
+
+    /// No packet uses these any more, and they are cleared.
+    pub fn give_back(&mut self, freed: &Freed) {
+        self.release(freed);
+        self.retry = true;
+    }
+
+    fn release(&mut self, freed: &Freed) {
+        for (base, len) in &freed.runs {
+            self.slots.release(*base, *len);
+        }
+        self.backends4.give_back(&freed.backends4);
+        self.backends6.give_back(&freed.backends6);
+    }
+
+    /// True if there is no room for something.
+    pub fn is_starving(&self) -> bool {
+        self.starved().next().is_some()
     }
 
     /// Services that something did not fit of.

@@ -6,6 +6,7 @@
 
 mod changes;
 mod core;
+mod later;
 mod rejections;
 
 use std::{
@@ -18,18 +19,20 @@ use std::{
 pub use core::{Core, Kernel, NodeRules, Outcome, SyncError};
 use tokio::{
     sync::{Notify, mpsc, watch},
+    task::{JoinError, JoinHandle},
     time::{MissedTickBehavior, interval, sleep, sleep_until, timeout},
 };
 
 use crate::{
     health::Status,
+    maps, memory,
     metrics::Metrics,
     plan::Departures,
     source::{Event, Object, ObjectRef},
 };
 
-/// How long to collect events after the first one. An endpoint change often comes as several objects.
-const COALESCE: Duration = Duration::from_millis(2);
+/// Least time from the end of a turn to the next one: where changes come one after the other, they share turns.
+const COALESCE: Duration = Duration::from_millis(1);
 /// Most events taken in before they are programmed.
 const BATCH: usize = 4096;
 /// How often the loop shows that it is alive (health::PENDING_LIMIT is a minute).
@@ -72,6 +75,10 @@ pub struct Reconciler<K> {
     node_name: String,
     retry: Retry,
     changes: changes::Changes,
+    /// When the last turn ended.
+    turned: Instant,
+    /// The grace period that has begun.
+    grace: Option<JoinHandle<()>>,
 }
 
 /// When to try again after a failure.
@@ -97,6 +104,8 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
             node_name: node_name.into(),
             retry: Retry::default(),
             changes: changes::Changes::new(SystemTime::now()),
+            turned: Instant::now(),
+            grace: None,
         }
     }
 
@@ -111,6 +120,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         self.await_addresses().await;
         self.queued();
         self.sync().await?;
+        self.give_memory_back().await?;
         let mut beat = interval(BEAT);
         let mut audit = interval(AUDIT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -136,7 +146,13 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                 _ = audit.tick() => self.audit().await?,
                 () = requested.notified() => self.audit().await?,
                 () = until(retry_at) => self.sync().await?,
+                passed = passed(&mut self.grace) => {
+                    passed.map_err(Error::Cancelled)?;
+                    self.grace = None;
+                    self.settle().await?;
+                }
             }
+            self.begin_grace()?;
         }
     }
 
@@ -208,7 +224,10 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
 
     /// Takes in what else has come, and what comes within a moment.
     async fn drain(&mut self) -> Result<(), Error> {
-        sleep(COALESCE).await;
+        let rested = self.turned.elapsed();
+        if rested < COALESCE {
+            sleep(COALESCE - rested).await;
+        }
         for _ in 0..BATCH {
             match self.wiring.events.try_recv() {
                 Ok(event) => drop(self.take(event)?),
@@ -225,12 +244,35 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
 
     async fn sync(&mut self) -> Result<(), Error> {
         let addresses = self.wiring.addresses.borrow_and_update().clone();
-        self.blocking(move |core| core.sync(&addresses)).await
+        self.blocking(move |core| core.sync_early(&addresses)).await
+    }
+
+    /// Has the kernel say when no packet uses what was replaced, if anything was.
+    fn begin_grace(&mut self) -> Result<(), Error> {
+        if self.grace.is_none() && self.core()?.begin_grace() {
+            self.grace = Some(tokio::task::spawn_blocking(maps::wait_for_packets));
+        }
+        Ok(())
+    }
+
+    /// Stores only, so it waits for nothing.
+    async fn settle(&mut self) -> Result<(), Error> {
+        match self.core()?.settle() {
+            Ok(outcome) => self.carried_out(outcome),
+            Err(error) => self.failed(&error),
+        }
+        if self.core()?.is_dirty() { self.sync_unless_waiting().await } else { Ok(()) }
     }
 
     async fn audit(&mut self) -> Result<(), Error> {
         let addresses = self.wiring.addresses.borrow_and_update().clone();
-        self.blocking(move |core| core.audit(&addresses)).await
+        self.blocking(move |core| core.audit(&addresses)).await?;
+        self.give_memory_back().await
+    }
+
+    /// After the first lists, and after everything was read again: most of what that took is free by now.
+    async fn give_memory_back(&self) -> Result<(), Error> {
+        tokio::task::spawn_blocking(memory::give_back).await.map_err(Error::Cancelled)
     }
 
     /// Works on a thread where waiting for the kernel is allowed.
@@ -246,16 +288,17 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         });
         let (core, result) = task.await.map_err(Error::Cancelled)?;
         self.core = Some(core);
+        self.turned = Instant::now();
         self.report(begun.elapsed(), result);
         Ok(())
     }
 
     fn report(&mut self, took: Duration, result: Result<Outcome, SyncError>) {
-        let Wiring { status, metrics, retired, .. } = &self.wiring;
+        let Wiring { status, metrics, .. } = &self.wiring;
         let (kube_proxy, now) = (metrics.kube_proxy(), SystemTime::now());
         status.beat(Instant::now());
         match result {
-            Ok(outcome) => {
+            Ok(mut outcome) => {
                 self.retry = Retry::default();
                 status.programmed(now);
                 status.mark_ready();
@@ -266,23 +309,38 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                 kube_proxy.set_last_sync(now);
                 kube_proxy.set_no_local(outcome.no_local);
                 self.changes.programmed(now, kube_proxy);
-                for (kind, count) in &outcome.operations {
-                    metrics.operations(kind, *count);
-                }
-                metrics.set_rejected(outcome.rejected);
-                let departures = Departures { retired: outcome.retired, recovered: outcome.recovered };
-                if !departures.is_empty() {
-                    // Without a sweeper the flows run into their timeouts.
-                    let _ = retired.send(departures);
-                }
+                metrics.set_rejected(std::mem::take(&mut outcome.rejected));
+                self.carried_out(outcome);
             }
             Err(error) => {
-                self.retry.failed();
                 metrics.synced(took, false);
                 kube_proxy.synced(took, None);
-                tracing::error!(error = %crate::chain(&error), "cannot program the maps; trying again");
+                self.failed(&error);
             }
         }
+    }
+
+    fn carried_out(&self, outcome: Outcome) {
+        for (kind, count) in &outcome.operations {
+            self.wiring.metrics.operations(kind, *count);
+        }
+        let departures = Departures { retired: outcome.retired, recovered: outcome.recovered };
+        if !departures.is_empty() {
+            // Without a sweeper the flows run into their timeouts.
+            let _ = self.wiring.retired.send(departures);
+        }
+    }
+
+    fn failed(&mut self, error: &SyncError) {
+        self.retry.failed();
+        tracing::error!(error = %crate::chain(error), "cannot program the maps; trying again");
+    }
+}
+
+async fn passed(grace: &mut Option<JoinHandle<()>>) -> Result<(), JoinError> {
+    match grace {
+        Some(grace) => grace.await,
+        None => std::future::pending().await,
     }
 }
 

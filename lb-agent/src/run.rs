@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Events that a source can be ahead of the loop.
-const EVENTS: usize = 1024;
+const EVENTS: usize = 256;
 /// Pause before devices are watched again after that failed.
 const WATCH_AGAIN: Duration = Duration::from_secs(5);
 /// How often the number of devices is told to the metrics.

@@ -2,6 +2,7 @@
 
 pub mod kube;
 pub mod manifests;
+mod slim;
 pub mod status;
 pub mod strip;
 

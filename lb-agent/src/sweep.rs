@@ -39,7 +39,10 @@ use sockets::Sockets;
 use tokio::sync::mpsc;
 
 use crate::{
-    maps::{ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, MmapArray, read_error},
+    maps::{
+        ClockError, Counters, FlowTable, FlowTables, KernelClock, MapError, MmapArray, ServiceCounters,
+        read_error,
+    },
     metrics::kube_proxy::KubeProxy,
     plan::{
         Departures,
@@ -102,6 +105,7 @@ pub struct Sweeper {
     flows: FlowTables,
     services: MmapArray<ServiceRecord>,
     counters: Counters,
+    served: ServiceCounters,
     timeouts: Timeouts,
     entries: Arc<FlowEntries>,
     reset_gone: bool,
@@ -128,6 +132,7 @@ impl Sweeper {
             flows: FlowTables::open(&maps)?,
             services: MmapArray::open(&maps, name::SERVICES)?,
             counters: Counters::open(&maps)?,
+            served: ServiceCounters::open(&maps)?,
             timeouts,
             entries,
             metrics: None,
@@ -169,13 +174,27 @@ impl Sweeper {
             })
         };
         let until = self.clock.jiffies()?;
-        let in_use = |id| self.services.load(id).is_some_and(|record| record.in_use != 0);
+        // What cannot be read is left alone.
+        let in_use =
+            |id| self.services.load(id).map_or(true, |found| found.is_some_and(|record| record.in_use != 0));
         let in_use = recovered.then_some(&in_use as &dyn Fn(u32) -> bool);
         let of = |family| Serving::of(family, concerning(), in_use, until);
         let (serving4, serving6) = (of(Family::V4), of(Family::V6));
         let flows = self.purge_table(&self.flows.v4, &serving4, |k, f| v4.watch(k, f, until, now))?
             + self.purge_table(&self.flows.v6, &serving6, |k, f| v6.watch(k, f, until, now))?;
         Ok((flows, sockets?))
+    }
+
+    /// Without the records that nobody ever opened a flow or socket to: most of a large cluster's on any one node. A walk
+    /// through the tables takes longer than tens of changes.
+    ///
+    /// A record without endpoints may be gone, and its id somebody else's, whose counts begin anew.
+    pub fn concerned(&self, departures: Departures) -> Departures {
+        let Departures { mut retired, recovered } = departures;
+        // What cannot be read may be anything.
+        let is_used = |id| self.served.sum(id).map_or(true, |s| s.connections != 0 || s.packets != 0);
+        retired.retain(|r| recovered || r.serving.is_empty() || is_used(r.service));
+        Departures { retired, recovered }
     }
 
     fn purge_table<A: Addr + ToIp>(
@@ -263,12 +282,21 @@ impl Sweeper {
     }
 
     async fn retire(sweeper: &Arc<Self>, departures: Departures) -> Result<(), SweepError> {
-        let records = departures.retired.len();
         let begun = Instant::now();
-        let (flows, sockets) = sweeper.blocking(move |s| s.purge(&departures)).await??;
-        tracing::debug!(records, flows, sockets, "flows and sockets to retired UDP backends ended");
-        // Changes that come meanwhile share the next walk; walks of large tables leave room for other work.
-        tokio::time::sleep(begun.elapsed() * 2).await;
+        let purge = move |s: &Self| {
+            let departures = s.concerned(departures);
+            let records = departures.retired.len();
+            if departures.is_empty() {
+                return Ok(false);
+            }
+            let (flows, sockets) = s.purge(&departures)?;
+            tracing::debug!(records, flows, sockets, "flows and sockets to retired UDP backends ended");
+            Ok::<_, SweepError>(true)
+        };
+        if sweeper.blocking(purge).await?? {
+            // Changes that come meanwhile share the next walk; walks of large tables leave room for other work.
+            tokio::time::sleep(begun.elapsed() * schedule::REST).await;
+        }
         Ok(())
     }
 

@@ -30,13 +30,13 @@ impl Maps {
         read_frontends(&self.frontends6, name::FRONTENDS6, &mut actual)?;
         let services = self.read_services()?;
         let members = self.members.entries().map_err(read_error(name::AFFINITY_MEMBERS))?;
-        read_cidrs(&self.cidrs4, Family::V4, &mut actual.cidrs);
-        read_cidrs(&self.cidrs6, Family::V6, &mut actual.cidrs);
+        read_cidrs(&self.cidrs4, Family::V4, &mut actual.cidrs)?;
+        read_cidrs(&self.cidrs6, Family::V6, &mut actual.cidrs)?;
         Ok(ActualState {
-            slots: self.read_slots(&services),
+            slots: self.read_slots(&services)?,
             services,
-            backends4: read_backends(&self.backends4),
-            backends6: read_backends(&self.backends6),
+            backends4: read_backends(&self.backends4)?,
+            backends6: read_backends(&self.backends6)?,
             members: members.into_iter().collect(),
             ranges: self.read_ranges()?,
             ..actual
@@ -52,9 +52,11 @@ impl Maps {
 
     fn read_services(&self) -> Result<BTreeMap<u32, ActualService>, MapError> {
         let mut services = BTreeMap::new();
-        for (id, record) in elements(&self.services).filter(|(_, r)| *r != ServiceRecord::default()) {
-            services.insert(id, ActualService { record, name: None });
-        }
+        self.services.read(u32::MAX, |id, record| {
+            if record != ServiceRecord::default() {
+                services.insert(id, ActualService { record, name: None });
+            }
+        })?;
         let mut walk = self.names.walk();
         while let Some((ids, names)) = walk.next_chunk().map_err(read_error(name::SERVICE_NAMES))? {
             for (id, name) in ids.iter().zip(names) {
@@ -65,20 +67,18 @@ impl Maps {
     }
 
     /// The slots up to the end of the last range; a range that leaves the array is cut there.
-    fn read_slots(&self, services: &BTreeMap<u32, ActualService>) -> Vec<u32> {
+    fn read_slots(&self, services: &BTreeMap<u32, ActualService>) -> Result<Vec<u32>, MapError> {
         let end = |r: SlotRange| r.base().saturating_add(r.len());
         let used =
             services.values().map(|s| end(s.record.cluster).max(end(s.record.local))).max().unwrap_or(0);
-        elements(&self.slots).take(used as usize).map(|(_, backend)| backend).collect()
+        let mut slots = Vec::new();
+        self.slots.read(used, |_, backend| slots.push(backend))?;
+        Ok(slots)
     }
 }
 
 fn read_error(map: &'static str) -> impl Fn(io::Error) -> MapError {
     move |source| MapError::Read { map, source }
-}
-
-fn elements<T: bytemuck::Pod>(array: &MmapArray<T>) -> impl Iterator<Item = (u32, T)> + '_ {
-    (0..array.capacity()).filter_map(|i| Some((i, array.load(i)?)))
 }
 
 fn read_frontends<A: Addr + ToIp>(
@@ -105,13 +105,16 @@ where
     Ok(())
 }
 
-fn read_backends<A: Addr + ToIp>(array: &MmapArray<RawBackend<A>>) -> BTreeMap<u32, Backend>
+fn read_backends<A: Addr + ToIp>(array: &MmapArray<RawBackend<A>>) -> Result<BTreeMap<u32, Backend>, MapError>
 where
     RawBackend<A>: bytemuck::Pod,
 {
-    elements(array)
-        .filter_map(|(id, b)| Some((id, apply::backend_from_flags(b.addr.to_ip(), b.port.get(), b.flags)?)))
-        .collect()
+    let mut backends = BTreeMap::new();
+    array.read(u32::MAX, |id, b| {
+        let backend = apply::backend_from_flags(b.addr.to_ip(), b.port.get(), b.flags);
+        backends.extend(backend.map(|backend| (id, backend)));
+    })?;
+    Ok(backends)
 }
 
 /// Elements that count, or would if they were whole.
@@ -119,12 +122,15 @@ fn read_cidrs<A: Addr + ToIp>(
     array: &MmapArray<ServiceCidr<A>>,
     family: Family,
     into: &mut BTreeMap<(Family, u32), ActualCidr>,
-) where
+) -> Result<(), MapError>
+where
     ServiceCidr<A>: bytemuck::Pod,
 {
-    for (index, element) in elements(array).filter(|(_, e)| e.flags != 0) {
-        let net = IpNet::with_netmask(element.net.to_ip(), element.mask.to_ip());
-        let net = net.ok().filter(|net| net.trunc() == *net);
-        into.insert((family, index), ActualCidr { net, flags: element.flags });
-    }
+    array.read(u32::MAX, |index, element| {
+        if element.flags != 0 {
+            let net = IpNet::with_netmask(element.net.to_ip(), element.mask.to_ip());
+            let net = net.ok().filter(|net| net.trunc() == *net);
+            into.insert((family, index), ActualCidr { net, flags: element.flags });
+        }
+    })
 }

@@ -70,10 +70,13 @@ struct Pending {
     bits: Vec<u32>,
     ranges4: Vec<RangeKey4>,
     ranges6: Vec<RangeKey6>,
+    services: Vec<u32>,
+    names: Vec<ServiceName>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
+    NameService,
     PutFrontend,
     DeleteFrontend,
     PutMember,
@@ -86,6 +89,7 @@ impl Kind {
     /// The kind of an operation that is sent in batches.
     fn of(op: &MapOp) -> Option<Self> {
         match op {
+            MapOp::NameService { .. } => Some(Self::NameService),
             MapOp::PutFrontend { .. } | MapOp::PutAddress { .. } => Some(Self::PutFrontend),
             MapOp::DeleteFrontend { .. } | MapOp::DeleteAddress { .. } => Some(Self::DeleteFrontend),
             MapOp::PutMember { .. } => Some(Self::PutMember),
@@ -108,7 +112,7 @@ impl Maps {
         for op in ops {
             let kind = Kind::of(op);
             if pending.kind != kind {
-                self.flush(&mut pending, &mut applied);
+                self.flush(&mut pending, &mut applied)?;
                 pending.kind = kind;
             }
             if kind.is_some() {
@@ -118,13 +122,17 @@ impl Maps {
                 applied.done += 1;
             }
         }
-        self.flush(&mut pending, &mut applied);
+        self.flush(&mut pending, &mut applied)?;
         Ok(applied)
     }
 
-    fn flush(&self, pending: &mut Pending, applied: &mut Applied) {
+    fn flush(&self, pending: &mut Pending, applied: &mut Applied) -> Result<(), MapError> {
         let p = std::mem::take(pending);
         match p.kind {
+            Some(Kind::NameService) => {
+                self.stats.zero(&p.services)?;
+                applied.add(name::SERVICE_NAMES, "written", self.names.put_all(&p.services, &p.names));
+            }
             Some(Kind::PutFrontend) => {
                 applied.add(name::FRONTENDS4, "written", self.frontends4.put_all(&p.keys4, &p.values4));
                 applied.add(name::FRONTENDS6, "written", self.frontends6.put_all(&p.keys6, &p.values6));
@@ -151,11 +159,11 @@ impl Maps {
             }
             None => {}
         }
+        Ok(())
     }
 
     fn apply_one(&mut self, op: &MapOp, applied: &mut Applied) -> Result<(), MapError> {
         match op {
-            MapOp::NameService { service, name } => self.name_service(*service, name, applied)?,
             MapOp::WriteBackend { id, backend } => self.write_backend(*id, backend)?,
             MapOp::WriteSlots { base, backends } => {
                 for (index, id) in (*base..).zip(backends) {
@@ -179,7 +187,8 @@ impl Maps {
             MapOp::WriteCidr { index, net } => self.write_cidr(*index, net)?,
             MapOp::SwitchCidr { family, index, flags } => self.switch_cidr(*family, *index, *flags)?,
             // Batches: see `Kind::of`.
-            MapOp::PutFrontend { .. }
+            MapOp::NameService { .. }
+            | MapOp::PutFrontend { .. }
             | MapOp::DeleteFrontend { .. }
             | MapOp::PutAddress { .. }
             | MapOp::DeleteAddress { .. }
@@ -187,14 +196,6 @@ impl Maps {
             | MapOp::DeleteRange { .. }
             | MapOp::PutMember { .. }
             | MapOp::DeleteMember { .. } => {}
-        }
-        Ok(())
-    }
-
-    fn name_service(&mut self, service: u32, name: &str, applied: &mut Applied) -> Result<(), MapError> {
-        self.stats.zero(service)?;
-        if let Err(e) = self.names.put(&service, &service_name(name)) {
-            applied.refuse(name::SERVICE_NAMES, "written", 1, e);
         }
         Ok(())
     }
@@ -225,11 +226,11 @@ impl Maps {
     fn switch_cidr(&mut self, family: Family, index: u32, flags: u32) -> Result<(), MapError> {
         match family {
             Family::V4 => {
-                let element = self.cidrs4.load(index).unwrap_or_default();
+                let element = self.cidrs4.load(index)?.unwrap_or_default();
                 self.cidrs4.store(index, &ServiceCidr { flags, ..element })
             }
             Family::V6 => {
-                let element = self.cidrs6.load(index).unwrap_or_default();
+                let element = self.cidrs6.load(index)?.unwrap_or_default();
                 self.cidrs6.store(index, &ServiceCidr { flags, ..element })
             }
         }
@@ -239,6 +240,10 @@ impl Maps {
 impl Pending {
     fn push(&mut self, op: &MapOp) {
         match op {
+            MapOp::NameService { service, name } => {
+                self.services.push(*service);
+                self.names.push(service_name(name));
+            }
             MapOp::PutFrontend { frontend, value } => {
                 self.push_frontend(frontend_key(frontend), Some(*value))
             }
@@ -350,7 +355,7 @@ const GRACE_FALLBACK: Duration = Duration::from_millis(50);
 ///
 /// MEMBARRIER_CMD_GLOBAL is synchronize_rcu (kernel/sched/membarrier.c), and every program runs inside an RCU read section.
 /// The kernel refuses it with nohz_full CPUs, and skips it on a machine with one CPU.
-fn wait_for_packets() {
+pub(crate) fn wait_for_packets() {
     const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
     let one_cpu = online_cpus() == 1;
     // SAFETY: no pointers.

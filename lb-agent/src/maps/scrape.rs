@@ -112,18 +112,18 @@ impl Scrape {
         push(ranges4.0, ranges4.1, m.ranges4.capacity());
         push(ranges6.0, ranges6.1, m.ranges6.capacity());
         let (mut services, mut slots) = (0, 0);
-        for i in 0..m.services.capacity() {
-            let record = m.services.load(i).unwrap_or_default();
+        m.services.read(u32::MAX, |_, record| {
             services += u64::from(record.in_use != 0);
             slots += u64::from(record.cluster.len()) + u64::from(record.local.len());
-        }
+        })?;
         push(name::SERVICES, services, m.services.capacity());
         push(name::SLOTS, slots, m.slots.capacity());
         let used = |flags: u16| flags & lb_common::backend::flags::IN_USE != 0;
-        let backends = (0..m.backends4.capacity()).filter_map(|i| m.backends4.load(i));
-        push(name::BACKENDS4, backends.filter(|b| used(b.flags)).count() as u64, m.backends4.capacity());
-        let backends = (0..m.backends6.capacity()).filter_map(|i| m.backends6.load(i));
-        push(name::BACKENDS6, backends.filter(|b| used(b.flags)).count() as u64, m.backends6.capacity());
+        let (mut backends4, mut backends6) = (0, 0);
+        m.backends4.read(u32::MAX, |_, b| backends4 += u64::from(used(b.flags)))?;
+        m.backends6.read(u32::MAX, |_, b| backends6 += u64::from(used(b.flags)))?;
+        push(name::BACKENDS4, backends4, m.backends4.capacity());
+        push(name::BACKENDS6, backends6, m.backends6.capacity());
         push(name::FLOWS4, self.flow_entries.v4.load(Ordering::Relaxed), self.flows.v4.capacity());
         push(name::FLOWS6, self.flow_entries.v6.load(Ordering::Relaxed), self.flows.v6.capacity());
         Ok(samples)

@@ -1,9 +1,12 @@
 //! Backends of one family: which id is which endpoint, who uses it, what the kernel has.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher as _, RandomState},
     net::IpAddr,
 };
+
+use hashbrown::HashTable;
 
 use super::{
     endpoints::SocketAddr,
@@ -48,7 +51,9 @@ impl Entry {
 pub(super) struct Backends {
     family: Family,
     ids: Ids,
-    by_key: HashMap<Key, u32>,
+    /// Ids by the key of their entry: 100,000 keys are not kept twice.
+    by_key: HashTable<u32>,
+    hasher: RandomState,
     /// By id: they are dense.
     entries: Vec<Option<Entry>>,
     /// Ids whose use has changed since the last plan was finished.
@@ -70,7 +75,8 @@ impl Backends {
         let mut backends = Self {
             family,
             ids: Ids::new(capacity, used),
-            by_key: HashMap::with_capacity(actual.len()),
+            by_key: HashTable::with_capacity(actual.len()),
+            hasher: RandomState::new(),
             entries: Vec::new(),
             touched: BTreeSet::new(),
             strays: Vec::new(),
@@ -82,12 +88,12 @@ impl Backends {
                 continue;
             }
             let key = (backend.addr, backend.port, backend.protocol);
-            let first = *backends.by_key.entry(key).or_insert(id);
-            if first != id {
-                anomalies.push(Anomaly::DuplicateBackend { family, first, second: id });
-            }
             let written = if backend.local { Written::Local } else { Written::Remote };
             backends.insert(id, Entry { key, written, refs: 0, local_refs: 0 });
+            match backends.find(&key) {
+                Some(first) => anomalies.push(Anomaly::DuplicateBackend { family, first, second: id }),
+                None => backends.name(id, &key),
+            }
         }
         backends
     }
@@ -100,12 +106,12 @@ impl Backends {
     /// The id of an endpoint, now used by one more record. `None`: all ids are taken.
     pub(super) fn acquire(&mut self, at: SocketAddr, protocol: Protocol, is_local: bool) -> Option<u32> {
         let key = (at.0, at.1, protocol);
-        let id = match self.by_key.get(&key) {
-            Some(id) => *id,
+        let id = match self.find(&key) {
+            Some(id) => id,
             None => {
                 let id = self.ids.allocate()?;
-                self.by_key.insert(key, id);
                 self.insert(id, Entry { key, written: Written::No, refs: 0, local_refs: 0 });
+                self.name(id, &key);
                 id
             }
         };
@@ -129,6 +135,7 @@ impl Backends {
         entry.local_refs -= u32::from(is_local);
         if entry.refs == 0 && entry.written == Written::No {
             self.forget(id);
+            self.ids.release(id);
             self.touched.remove(&id);
         } else {
             self.touched.insert(id);
@@ -139,8 +146,30 @@ impl Backends {
         self.entries.get_mut(id as usize)?.as_mut()
     }
 
+    /// The id that an endpoint is found by.
+    fn find(&self, key: &Key) -> Option<u32> {
+        let is = |id: &u32| {
+            self.entries.get(*id as usize).is_some_and(|e| e.as_ref().is_some_and(|e| e.key == *key))
+        };
+        self.by_key.find(self.hasher.hash_one(key), is).copied()
+    }
+
+    /// Has [`Self::find`] find the entry `id`, which has this key.
+    fn name(&mut self, id: u32, key: &Key) {
+        let Self { by_key, hasher, entries, .. } = self;
+        let rehash = |id: &u32| {
+            let entry = entries.get(*id as usize).and_then(Option::as_ref);
+            entry.map_or(0, |e| hasher.hash_one(e.key))
+        };
+        by_key.insert_unique(hasher.hash_one(key), id, rehash);
+    }
+
     fn insert(&mut self, id: u32, entry: Entry) {
         let i = id as usize;
+        if self.entries.capacity() <= i {
+            // Not twice as many: most clusters stay as large as they are.
+            self.entries.reserve_exact((i + 1 - self.entries.len()).max(64 + i / 8));
+        }
         if self.entries.len() <= i {
             self.entries.resize_with(i + 1, || None);
         }
@@ -149,10 +178,10 @@ impl Backends {
 
     fn forget(&mut self, id: u32) {
         if let Some(entry) = self.entries.get_mut(id as usize).and_then(Option::take) {
-            if self.by_key.get(&entry.key) == Some(&id) {
-                self.by_key.remove(&entry.key);
+            let hash = self.hasher.hash_one(entry.key);
+            if let Ok(found) = self.by_key.find_entry(hash, |known| *known == id) {
+                found.remove();
             }
-            self.ids.release(id);
         }
     }
 
@@ -162,8 +191,8 @@ impl Backends {
     }
 
     /// Operations for all changes since the last call: `writes` for before, `clears` for after the grace period.
-    /// Cleared ids are free again.
-    pub(super) fn finish(&mut self, writes: &mut Vec<MapOp>, clears: &mut Vec<MapOp>) {
+    /// Cleared ids are `freed`: to be given back.
+    pub(super) fn finish(&mut self, writes: &mut Vec<MapOp>, clears: &mut Vec<MapOp>, freed: &mut Vec<u32>) {
         let family = self.family;
         clears.extend(self.strays.drain(..).map(|id| MapOp::ClearBackend { family, id }));
         for id in std::mem::take(&mut self.touched) {
@@ -176,11 +205,19 @@ impl Backends {
             if wanted == Written::No {
                 clears.push(MapOp::ClearBackend { family, id });
                 self.forget(id);
+                freed.push(id);
                 continue;
             }
             let (addr, port, protocol) = entry.key;
             let backend = Backend { addr, port, protocol, local: wanted == Written::Local };
             writes.push(MapOp::WriteBackend { id, backend });
+        }
+    }
+
+    /// These ids are free again.
+    pub(super) fn give_back(&mut self, freed: &[u32]) {
+        for id in freed {
+            self.ids.release(*id);
         }
     }
 

@@ -1,6 +1,6 @@
 //! A plan in the making: operations by kind, put in order at the end.
 
-use super::{Retired, op::MapOp, rejection::Rejection};
+use super::{Freed, Retired, op::MapOp, rejection::Rejection};
 
 /// What is freed by a plan is collected here and given back only when the plan is complete: nothing that a packet may
 /// still be using is written to before the plan's own grace period.
@@ -26,10 +26,10 @@ pub(super) struct Draft {
     pub(super) clear_backends: Vec<MapOp>,
     /// Elements of `SERVICE_CIDRS4/6` that begin to count: once every address in them is known.
     pub(super) open_cidrs: Vec<MapOp>,
-    pub(super) freed_runs: Vec<(u32, u32)>,
+    pub(super) freed: Freed,
     pub(super) freed_records: Vec<u32>,
     /// Something else that a Service may be waiting for was freed.
-    pub(super) freed: bool,
+    pub(super) frees_room: bool,
     /// Something was replaced that is nobody's to give back.
     pub(super) grace: bool,
     pub(super) rejections: Vec<Rejection>,
@@ -39,19 +39,31 @@ pub(super) struct Draft {
 impl Draft {
     /// Whether anything is given back.
     pub(super) fn frees(&self) -> bool {
-        self.freed
-            || !self.freed_runs.is_empty()
+        self.frees_room
+            || !self.freed.runs.is_empty()
             || !self.freed_records.is_empty()
             || !self.delete_members.is_empty()
             || !self.delete_ranges.is_empty()
             || !self.clear_backends.is_empty()
     }
 
+    /// True if all that comes after the grace period is clearing the backends that are freed: nothing of it can be of
+    /// the next plan's concern.
+    pub(super) fn can_wait(&self) -> bool {
+        let cleared = self.freed.backends4.len() + self.freed.backends6.len();
+        !self.grace
+            && self.close_cidrs.is_empty()
+            && self.open_cidrs.is_empty()
+            && self.clear_records.is_empty()
+            && self.freed_records.is_empty()
+            && self.clear_backends.len() == cleared
+    }
+
     /// What is pointed at before what points; removal in reverse, after a grace period.
     pub(super) fn into_ops(self) -> Vec<MapOp> {
         // Additions, and changes of one value, replace nothing that is written to again.
         let grace = self.grace
-            || !self.freed_runs.is_empty()
+            || !self.freed.runs.is_empty()
             || !self.close_cidrs.is_empty()
             || !self.clear_records.is_empty()
             || !self.clear_backends.is_empty();

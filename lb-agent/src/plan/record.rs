@@ -1,6 +1,6 @@
 //! Service records: one Service port in one family, and what the kernel has of it.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use lb_common::{
@@ -17,6 +17,34 @@ use super::{
     rejection::{Rejection, Resource},
 };
 use crate::model::ServiceKey;
+
+/// Sorted endpoints of one family as bytes: 100,000 of them are remembered, to be compared once in a while.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Packed(Box<[u8]>);
+
+impl Packed {
+    fn new(endpoints: &[SocketAddr]) -> Self {
+        let mut bytes = Vec::new();
+        for (addr, port) in endpoints {
+            match addr {
+                IpAddr::V4(a) => bytes.extend(a.octets()),
+                IpAddr::V6(a) => bytes.extend(a.octets()),
+            }
+            bytes.extend(port.to_be_bytes());
+        }
+        Self(bytes.into())
+    }
+
+    /// True if all of these are in `other`; both are of `family`, and so their bytes are in the order of their addresses.
+    fn is_within(&self, other: &Self, family: Family) -> bool {
+        let bytes = match family {
+            Family::V4 => 6,
+            Family::V6 => 18,
+        };
+        let others: Vec<&[u8]> = other.0.chunks_exact(bytes).collect();
+        self.0.chunks_exact(bytes).all(|endpoint| others.binary_search(&endpoint).is_ok())
+    }
+}
 
 /// A run of slots and what is in it.
 #[derive(Clone, Debug, Default)]
@@ -54,7 +82,7 @@ pub(super) struct Record {
     /// With flags, sorted.
     pub(super) claims: Box<[(Frontend, u32)]>,
     /// [`Sets::serving`] at the last plan. `None`: not known.
-    pub(super) serving: Option<Box<[SocketAddr]>>,
+    pub(super) serving: Option<Packed>,
 }
 
 impl Record {
@@ -71,7 +99,7 @@ impl Record {
             members: Box::default(),
             ranges: Box::default(),
             claims: Box::default(),
-            serving: Some(Box::default()),
+            serving: Some(Packed::default()),
         }
     }
 
@@ -89,12 +117,12 @@ impl Record {
         frontends: &[(Frontend, u32)],
         draft: &mut Draft,
     ) {
-        if self.serving.as_deref() == Some(serving) {
+        let packed = Packed::new(serving);
+        if self.serving.as_ref() == Some(&packed) {
             return;
         }
-        let has_left = |at: &SocketAddr| serving.binary_search(at).is_err();
-        let lost = self.serving.as_ref().is_none_or(|known| known.iter().any(has_left));
-        self.serving = Some(serving.into());
+        let lost = self.serving.as_ref().is_none_or(|known| !known.is_within(&packed, self.family));
+        self.serving = Some(packed);
         let mut frontends: Vec<Frontend> = self.claims.iter().chain(frontends).map(|(f, _)| *f).collect();
         frontends.sort_unstable();
         frontends.dedup();
@@ -192,7 +220,7 @@ impl Planner {
                     self.slots.release(run.base, run.backends.len() as u32);
                 }
             }
-            self.give_back(record.family, held.acquired);
+            self.let_go(record.family, held.acquired);
             return Err((Resource::Slots, self.capacities.slots));
         };
         // After the new ones are held: what is in both never drops to nobody.
@@ -231,11 +259,11 @@ impl Planner {
     }
 
     fn out_of_backends(&mut self, family: Family, held: Held) -> Full {
-        self.give_back(family, held.acquired);
+        self.let_go(family, held.acquired);
         (Resource::Backends(family), self.capacities.backends)
     }
 
-    fn give_back(&mut self, family: Family, acquired: Vec<(u32, bool)>) {
+    fn let_go(&mut self, family: Family, acquired: Vec<(u32, bool)>) {
         for (id, is_local) in acquired {
             self.backends(family).release(id, is_local);
         }
@@ -331,6 +359,6 @@ fn swap(run: &mut Run, placed: Placed, draft: &mut Draft) {
     // Where a broken range leads nobody knows; nobody is there any more after a grace period.
     draft.grace |= old.broken;
     if !old.broken && !old.backends.is_empty() {
-        draft.freed_runs.push((old.base, old.backends.len() as u32));
+        draft.freed.runs.push((old.base, old.backends.len() as u32));
     }
 }

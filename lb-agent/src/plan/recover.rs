@@ -48,7 +48,7 @@ impl Leftovers {
         let cleared = zero.iter().chain(&self.records);
         draft.clear_records.extend(cleared.map(|id| MapOp::ClearService { service: *id }));
         draft.freed_records.extend(self.records);
-        draft.freed_runs.extend(self.runs);
+        draft.freed.runs.extend(self.runs);
     }
 }
 
@@ -84,6 +84,7 @@ impl Planner {
             rejected: BTreeMap::new(),
             retry: false,
             no_local: Default::default(),
+            holds_back: false,
             leftovers: None,
             inherited: BTreeSet::new(),
             held: Held::default(),

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 use tokio::sync::watch;
 
-use super::rejections::Rejections;
+use super::{later::Pending, rejections::Rejections};
 use crate::{
     healthcheck::{self, Tracker},
     maps::{Applied, MapError, Maps, Refused},
@@ -76,6 +76,14 @@ pub struct Outcome {
     pub recovered: bool,
 }
 
+impl Outcome {
+    pub(super) fn count(&mut self, ops: &[MapOp]) {
+        for op in ops {
+            *self.operations.entry(kind(op)).or_insert(0) += 1;
+        }
+    }
+}
+
 /// The settings that planning needs.
 #[derive(Clone, Debug)]
 pub struct NodeRules {
@@ -88,10 +96,13 @@ pub struct NodeRules {
 
 /// The model, the planner and the maps.
 pub struct Core<K> {
-    kernel: K,
+    pub(super) kernel: K,
     model: Model,
     /// `None` until the maps have been read, and after a failure.
-    planner: Option<Planner>,
+    pub(super) planner: Option<Planner>,
+    pub(super) pending: Pending,
+    /// Something was given back that a Service may be waiting for.
+    pub(super) has_room: bool,
     rules: NodeRules,
     /// As of the last plan.
     view: Option<NodeView>,
@@ -115,6 +126,8 @@ impl<K: Kernel> Core<K> {
             kernel,
             model: Model::new(&rules.name),
             planner: None,
+            pending: Pending::default(),
+            has_room: false,
             rules,
             view: None,
             dirty: BTreeSet::new(),
@@ -207,7 +220,7 @@ impl<K: Kernel> Core<K> {
 
     /// Something has changed since the last turn.
     pub fn is_dirty(&self) -> bool {
-        self.all_dirty || self.cidrs_dirty || self.replan || !self.dirty.is_empty()
+        self.all_dirty || self.cidrs_dirty || self.replan || self.has_room || !self.dirty.is_empty()
     }
 
     /// There has been a first turn.
@@ -217,17 +230,27 @@ impl<K: Kernel> Core<K> {
 
     /// Programs what has changed: work in proportion to that. `local` are the addresses of this network namespace.
     pub fn sync(&mut self, local: &BTreeSet<IpAddr>) -> Result<Outcome, SyncError> {
+        self.turn(local, false)
+    }
+
+    /// The same without waiting for a grace period where that can be done later: see [`Core::begin_grace`].
+    pub fn sync_early(&mut self, local: &BTreeSet<IpAddr>) -> Result<Outcome, SyncError> {
+        self.turn(local, true)
+    }
+
+    fn turn(&mut self, local: &BTreeSet<IpAddr>, early: bool) -> Result<Outcome, SyncError> {
         let view = self.look_at_node(local);
         // A changed view changes every Service; a change of the node that leaves the view as it was changes none.
         let all = std::mem::take(&mut self.replan) || self.view.as_ref() != Some(&view);
         self.all_dirty = false;
         let cidrs = std::mem::take(&mut self.cidrs_dirty);
         let dirty = std::mem::take(&mut self.dirty);
-        let ran = all || cidrs || !dirty.is_empty() || self.planner.is_none();
+        let has_room = std::mem::take(&mut self.has_room);
+        let ran = all || cidrs || has_room || !dirty.is_empty() || self.planner.is_none();
         let mut outcome = Outcome { ran, ..Outcome::default() };
         self.view = Some(view.clone());
         self.health_checks.mark(all, &dirty);
-        let result = self.program(&view, all, &dirty, &mut outcome);
+        let result = self.program(&view, all, early, &dirty, &mut outcome);
         if result.is_ok() {
             let addresses =
                 healthcheck::listen_addresses(&self.rules.nodeport_addresses, &view.nodeport_addresses);
@@ -274,14 +297,22 @@ impl<K: Kernel> Core<K> {
         &mut self,
         view: &NodeView,
         all: bool,
+        early: bool,
         dirty: &BTreeSet<ServiceKey>,
         outcome: &mut Outcome,
     ) -> Result<(), SyncError> {
         // Until the plan has been carried out, the planner is ahead of the maps: an error on the way drops it.
         let (mut planner, recovered) = match self.planner.take() {
             Some(planner) => (planner, false),
-            None => (self.recover()?, true),
+            None => {
+                self.abandon(outcome)?;
+                (self.recover()?, true)
+            }
         };
+        if !early {
+            self.settle_now(&mut planner, outcome)?;
+        }
+        planner.hold_back(early);
         planner.set_held(self.held());
         outcome.full = all || recovered;
         let mut plan = if outcome.full {
@@ -291,7 +322,10 @@ impl<K: Kernel> Core<K> {
         };
         for _ in 0..ROUNDS {
             self.carry_out(&mut plan, outcome)?;
-            if !plan.retry {
+            // Whoever has no room gets what is on its way back.
+            if !self.pending.is_empty() && planner.is_starving() {
+                self.settle_now(&mut planner, outcome)?;
+            } else if !plan.retry {
                 break;
             }
             plan = planner.plan_services(&self.model, view, []);
@@ -313,6 +347,7 @@ impl<K: Kernel> Core<K> {
     }
 
     fn carry_out(&mut self, plan: &mut Plan, outcome: &mut Outcome) -> Result<(), SyncError> {
+        self.pending.put_off(plan);
         if plan.ops.is_empty() {
             // Flows may have to go even where the maps are right: an earlier run may have come no further than these, or an
             // endpoint that took no new flows any more has stopped serving.
@@ -320,9 +355,7 @@ impl<K: Kernel> Core<K> {
             return Ok(());
         }
         let mut applied = self.kernel.apply(&plan.ops)?;
-        for op in &plan.ops {
-            *outcome.operations.entry(kind(op)).or_insert(0) += 1;
-        }
+        outcome.count(&plan.ops);
         outcome.retired.append(&mut plan.retired);
         tracing::debug!(operations = plan.ops.len(), "programmed");
         match applied.refused.len() {

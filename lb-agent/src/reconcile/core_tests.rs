@@ -141,7 +141,7 @@ fn node_addresses() -> BTreeSet<IpAddr> {
     BTreeSet::from([[192, 168, 0, 1].into()])
 }
 
-fn core_with(services: u16) -> Core<FakeKernel> {
+pub(in crate::reconcile) fn core_with(services: u16) -> Core<FakeKernel> {
     let mut core = Core::new(FakeKernel::default(), rules());
     for i in 0..services {
         core.apply(&service(i));

@@ -8,7 +8,7 @@ mod connect;
 mod link;
 
 use std::{
-    collections::BTreeSet,
+    collections::HashMap,
     pin::pin,
     sync::{
         Arc,
@@ -36,6 +36,7 @@ pub use self::connect::{Error, client};
 use self::link::{Link, Links};
 use super::{
     Closed, Event, Kind, Object, ObjectRef, send,
+    slim::Slim,
     status::SourceStatus,
     strip::{Strip, foreign_labels},
 };
@@ -51,7 +52,7 @@ pub async fn run(client: Client, node_name: &str, tx: mpsc::Sender<Event>, statu
     // back that are long gone. In pages, so that neither side holds a whole large cluster at once.
     let ours = |kind| {
         let without: Vec<String> = foreign_labels(kind).iter().map(|label| format!("!{label}")).collect();
-        watcher::Config::default().labels(&without.join(",")).page_size(500)
+        watcher::Config::default().labels(&without.join(",")).page_size(250)
     };
     let node = watcher::Config::default().fields(&format!("metadata.name={node_name}"));
     let source = Source {
@@ -62,9 +63,9 @@ pub async fn run(client: Client, node_name: &str, tx: mpsc::Sender<Event>, statu
     };
     let all = async {
         tokio::join!(
-            source.watch(Api::<Service>::all(client.clone()), Kind::Service, ours(Kind::Service)),
+            source.watch(Api::<Slim<Service>>::all(client.clone()), Kind::Service, ours(Kind::Service)),
             source.watch(
-                Api::<EndpointSlice>::all(client.clone()),
+                Api::<Slim<EndpointSlice>>::all(client.clone()),
                 Kind::EndpointSlice,
                 ours(Kind::EndpointSlice)
             ),
@@ -145,26 +146,21 @@ impl Source {
         K: Resource + Strip + Into<Object>,
     {
         match event {
-            watcher::Event::Init => known.listed.clear(),
+            watcher::Event::Init => known.list += 1,
             watcher::Event::InitApply(object) => {
-                let object = strip(object);
-                known.listed.insert(object.reference());
-                self.apply(object, known).await?;
+                self.apply(strip(object), known).await?;
             }
             watcher::Event::Apply(object) => self.apply(strip(object), known).await?,
             watcher::Event::Delete(object) => {
                 let reference = strip(object).reference();
                 // Also for an object that does not match the selector any more.
-                if known.sent.remove(&reference) {
+                if known.sent.remove(&*name(&reference)).is_some() {
                     send(&self.tx, &self.status, Event::Delete(reference)).await?;
                 }
             }
             watcher::Event::InitDone => {
                 self.status.count_relist();
-                let listed = std::mem::take(&mut known.listed);
-                let gone: Vec<_> = known.sent.difference(&listed).cloned().collect();
-                known.sent = listed;
-                for reference in gone {
+                for reference in known.unlisted() {
                     send(&self.tx, &self.status, Event::Delete(reference)).await?;
                 }
                 self.listed(known).await?;
@@ -174,7 +170,7 @@ impl Source {
     }
 
     async fn apply(&self, object: Object, known: &mut Known) -> Result<(), Closed> {
-        known.sent.insert(object.reference());
+        known.sent.insert(name(&object.reference()), known.list);
         send(&self.tx, &self.status, Event::Apply(object)).await
     }
 
@@ -206,17 +202,36 @@ impl Source {
 /// What the receiver knows of one kind.
 struct Known {
     kind: Kind,
-    sent: BTreeSet<ObjectRef>,
-    /// Seen in the list that is being read. A list that breaks off leaves `sent` as it is: nothing is taken back then.
-    listed: BTreeSet<ObjectRef>,
+    /// What was sent, by namespace and name, and during or after which list it was last. A list that breaks off takes
+    /// nothing back.
+    sent: HashMap<Box<str>, u32>,
+    /// Number of the list that was begun last.
+    list: u32,
     /// The first list is complete.
     complete: bool,
 }
 
 impl Known {
     fn new(kind: Kind) -> Self {
-        Self { kind, sent: BTreeSet::new(), listed: BTreeSet::new(), complete: false }
+        Self { kind, sent: HashMap::new(), list: 0, complete: false }
     }
+
+    /// Forgets what the list that was begun last does not have, and gives it, sorted.
+    fn unlisted(&mut self) -> Vec<ObjectRef> {
+        let (kind, list) = (self.kind, self.list);
+        let gone = self.sent.extract_if(|_, last| *last != list).map(|(name, _)| {
+            let (namespace, name) = name.split_once('/').unwrap_or_default();
+            ObjectRef { kind, namespace: namespace.into(), name: name.into() }
+        });
+        let mut gone: Vec<_> = gone.collect();
+        gone.sort_unstable();
+        gone
+    }
+}
+
+/// `namespace/name`: neither has a slash.
+fn name(object: &ObjectRef) -> Box<str> {
+    format!("{}/{}", object.namespace, object.name).into()
 }
 
 fn strip<K: Strip + Into<Object>>(mut object: K) -> Object {

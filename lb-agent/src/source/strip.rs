@@ -9,7 +9,7 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use crate::source::Kind;
+use crate::{model::convert::SERVICE_NAME_LABEL, source::Kind};
 
 /// Of a Service: clients find its pods by DNS alone.
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
@@ -29,6 +29,11 @@ pub const fn foreign_labels(kind: Kind) -> &'static [&'static str] {
 
 /// When the pod or Service changed that the EndpointSlice controller wrote a slice for, in RFC 3339.
 pub const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+
+/// True for labels and annotations that the agent reads on Services and EndpointSlices.
+pub fn is_read(key: &str) -> bool {
+    key == SERVICE_NAME_LABEL || key == TRIGGER_TIME_ANNOTATION || key.starts_with("service.kubernetes.io/")
+}
 
 /// True if the object belongs to another proxy or to nobody.
 pub fn is_foreign(kind: Kind, meta: &ObjectMeta) -> bool {

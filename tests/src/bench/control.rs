@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod objects;
+pub mod probe;
 pub mod server;
 
 use std::{
@@ -17,6 +18,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use self::{
     agent::{Agent, Maps},
     objects::{NODE, cluster_ip, endpoint, newcomer},
+    probe::Prober,
     server::{LIST_VERSION, NODES, SERVICES, SLICES, Server},
 };
 use super::{Effort, measure, report::Row};
@@ -35,21 +37,33 @@ struct Size {
     endpoints: u32,
     changes: u32,
     burst: u32,
+    /// Changes that are looked for with packets.
+    probes: u32,
     idle: Duration,
 }
 
 const fn size(effort: Effort) -> Size {
     let (services, endpoints) = (10_000, 10);
     match effort {
-        Effort::Full => {
-            Size { services, endpoints, changes: 1_000, burst: 1_000, idle: Duration::from_secs(10) }
-        }
+        Effort::Full => Size {
+            services,
+            endpoints,
+            changes: 1_000,
+            burst: 1_000,
+            probes: 200,
+            idle: Duration::from_secs(10),
+        },
         Effort::Short => {
-            Size { services, endpoints, changes: 100, burst: 1_000, idle: Duration::from_secs(2) }
+            Size { services, endpoints, changes: 100, burst: 1_000, probes: 50, idle: Duration::from_secs(2) }
         }
-        Effort::Small => {
-            Size { services: 20, endpoints: 3, changes: 5, burst: 10, idle: Duration::from_millis(50) }
-        }
+        Effort::Small => Size {
+            services: 20,
+            endpoints: 3,
+            changes: 5,
+            burst: 10,
+            probes: 3,
+            idle: Duration::from_millis(50),
+        },
     }
 }
 
@@ -128,6 +142,10 @@ fn measure_all(size: &Size, program: &Path) -> Result<Vec<Row>> {
     rows.extend(changes(&mut bed, size, &row)?);
     rows.extend(burst(&mut bed, size, &row)?);
     rows.push(idle(&bed, size, &row)?);
+    rows.push(first_packets(&mut bed, size, &row)?);
+    for s in 0..size.services {
+        ensure!(bed.is_programmed(s)?, "Service {s} is not as the server says after all changes");
+    }
     Ok(rows)
 }
 
@@ -208,9 +226,27 @@ fn changes(bed: &mut Bed, size: &Size, row: Labelled) -> Result<Vec<Row>> {
         of(row("C2", "one endpoint change, event to map, p50", "ms", measure::median(&times))),
         of(row("C2", "one endpoint change, event to map, p99", "ms", measure::quantile(&times, 0.99))
             .at_most(2.0)),
-        Row::missing("C2", "first packet at the new backend", "<= 20 ms", "not measured yet"),
         row("C5", "CPU of one endpoint change", "ms", cpu).at_most(0.3),
     ])
+}
+
+/// C2, as clients see it: the time from before the first byte of the change until a new connection, through the device and
+/// the attached programs, is sent to the new backend.
+fn first_packets(bed: &mut Bed, size: &Size, row: Labelled) -> Result<Row> {
+    let mut prober = Prober::open()?;
+    let mut times = Vec::new();
+    for n in 0..size.probes {
+        let service = n.wrapping_mul(7919) % size.services;
+        let line = bed.replace_one(service);
+        let from = Instant::now();
+        bed.server.send(SLICES, &line)?;
+        prober.reach(cluster_ip(service), newcomer(bed.newcomers), SEEN_WITHIN)?;
+        times.push(from.elapsed().as_secs_f64() * 1e3);
+        thread::sleep(Duration::from_millis(2));
+    }
+    let what = "one endpoint change until a first packet goes to the new backend, p99";
+    let row = row("C2", what, "ms", measure::quantile(&times, 0.99)).at_most(20.0);
+    Ok(Row { rounds: size.probes, spread: Some(measure::spread(&times)), ..row })
 }
 
 /// C3: many slices at once.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 pub const SERVICES: &str = "/api/v1/services";
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
@@ -69,7 +69,8 @@ impl Server {
 pub fn modified(object: &Value, kind: &str, api_version: &str) -> String {
     let mut object = object.clone();
     (object["kind"], object["apiVersion"]) = (kind.into(), api_version.into());
-    format!("{}\n", json!({"type": "MODIFIED", "object": object}))
+    // The type first, as the API server writes it: what comes before it a reader has to put aside.
+    format!("{{\"type\":\"MODIFIED\",\"object\":{object}}}\n")
 }
 
 fn connection(
@@ -130,6 +131,8 @@ fn list(all: &[String], start: usize, limit: Option<usize>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
