@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 pub const SERVICES: &str = "/api/v1/services";
@@ -24,8 +24,43 @@ type Objects = HashMap<&'static str, Vec<String>>;
 
 pub struct Server {
     pub address: SocketAddr,
-    /// The connections of the watches, by path.
-    watches: Arc<Mutex<Vec<(String, TcpStream)>>>,
+    watches: Arc<Mutex<Watches>>,
+}
+
+/// Who watches, and what there was to see, by path.
+#[derive(Default)]
+struct Watches {
+    streams: Vec<(String, TcpStream)>,
+    lines: Vec<(String, String)>,
+}
+
+impl Watches {
+    /// Who begins to watch gets what has happened since the version that it knows: clients end watches and begin new ones as
+    /// they like.
+    fn add(&mut self, path: &str, known: u64, mut stream: TcpStream) -> std::io::Result<()> {
+        for (_, line) in self.lines.iter().filter(|(p, line)| p == path && version(line) > known) {
+            stream.write_all(&chunk(line))?;
+        }
+        self.streams.push((path.to_owned(), stream));
+        Ok(())
+    }
+
+    fn send(&mut self, path: &str, lines: &str) {
+        self.lines.extend(lines.split_inclusive('\n').map(|line| (path.to_owned(), line.to_owned())));
+        let chunk = chunk(lines);
+        self.streams.retain_mut(|(p, stream)| p != path || stream.write_all(&chunk).is_ok());
+    }
+}
+
+/// Of transfer coding "chunked" (RFC 9112 section 7.1).
+fn chunk(lines: &str) -> Vec<u8> {
+    format!("{:x}\r\n{lines}\r\n", lines.len()).into_bytes()
+}
+
+/// The version of the object in a line.
+fn version(line: &str) -> u64 {
+    let from = line.split("\"resourceVersion\":\"").nth(1).unwrap_or_default();
+    from.split('"').next().and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
 impl Server {
@@ -33,7 +68,7 @@ impl Server {
     pub fn start(objects: Objects) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
         let address = listener.local_addr()?;
-        let watches = Arc::new(Mutex::new(Vec::new()));
+        let watches = Arc::new(Mutex::new(Watches::default()));
         let (objects, of_server) = (Arc::new(objects), watches.clone());
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
@@ -45,23 +80,17 @@ impl Server {
         Ok(Self { address, watches })
     }
 
-    fn watches(&self) -> MutexGuard<'_, Vec<(String, TcpStream)>> {
+    fn watches(&self) -> MutexGuard<'_, Watches> {
         self.watches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn is_watched(&self, path: &str) -> bool {
-        self.watches().iter().any(|(p, _)| p == path)
+        self.watches().streams.iter().any(|(p, _)| p == path)
     }
 
-    /// Sends lines to all who watch the path.
-    pub fn send(&self, path: &str, lines: &str) -> Result<()> {
-        let mut sent = 0;
-        for (_, stream) in self.watches().iter_mut().filter(|(p, _)| p == path) {
-            stream.write_all(format!("{:x}\r\n{lines}\r\n", lines.len()).as_bytes())?;
-            sent += 1;
-        }
-        ensure!(sent > 0, "nobody watches {path}");
-        Ok(())
+    /// Sends lines to all who watch the path, now or later.
+    pub fn send(&self, path: &str, lines: &str) {
+        self.watches().send(path, lines);
     }
 }
 
@@ -73,11 +102,7 @@ pub fn modified(object: &Value, kind: &str, api_version: &str) -> String {
     format!("{{\"type\":\"MODIFIED\",\"object\":{object}}}\n")
 }
 
-fn connection(
-    stream: TcpStream,
-    objects: &Objects,
-    watches: &Mutex<Vec<(String, TcpStream)>>,
-) -> std::io::Result<()> {
+fn connection(stream: TcpStream, objects: &Objects, watches: &Mutex<Watches>) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut out = stream.try_clone()?;
     let mut input = BufReader::new(stream);
@@ -100,7 +125,8 @@ fn connection(
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
             )?;
             let mut watches = watches.lock().unwrap_or_else(PoisonError::into_inner);
-            watches.push((path.to_owned(), out.try_clone()?));
+            let known = value("resourceVersion").and_then(|v| v.parse().ok()).unwrap_or(LIST_VERSION);
+            watches.add(path, known, out.try_clone()?)?;
             continue;
         }
         let number = |key: &str| value(key).and_then(|v| v.parse::<usize>().ok());
@@ -134,6 +160,33 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    /// Everything up to the last line of a watch of slices from a version on.
+    fn watch(server: &Server, known: u64, last: &str) -> String {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        write!(stream, "GET {SLICES}?watch=1&resourceVersion={known} HTTP/1.1\r\n\r\n").unwrap();
+        let mut text = String::new();
+        let mut lines = BufReader::new(stream);
+        while !text.contains(last) && lines.read_line(&mut text).unwrap() > 0 {}
+        text
+    }
+
+    #[test]
+    fn a_watch_that_begins_again_misses_nothing() {
+        let server = Server::start(HashMap::new()).unwrap();
+        let line = |name: &str, version: u64| {
+            let metadata = json!({"name": name, "resourceVersion": version.to_string()});
+            modified(&json!({"metadata": metadata}), "EndpointSlice", "discovery.k8s.io/v1")
+        };
+        // Nobody watches yet.
+        server.send(SLICES, &(line("a", 11) + &line("b", 12)));
+        let text = watch(&server, 10, "\"b\"");
+        assert!(text.contains("\"a\"") && text.contains("\"b\""), "{text}");
+        // The first watch has ended.
+        server.send(SLICES, &line("c", 13));
+        let text = watch(&server, 11, "\"c\"");
+        assert!(!text.contains("\"a\"") && text.contains("\"b\"") && text.contains("\"c\""), "{text}");
+    }
 
     #[test]
     fn pages_follow_each_other_to_the_end() {

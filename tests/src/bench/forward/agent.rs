@@ -142,8 +142,8 @@ impl Agents {
     }
 
     /// Sends changes of EndpointSlices, as lines of a watch.
-    pub fn change(&self, lines: &str) -> Result<()> {
-        self.server.send(SLICES, lines)
+    pub fn change(&self, lines: &str) {
+        self.server.send(SLICES, lines);
     }
 
     /// The IPv4 endpoints of a Service's TCP port, in order.

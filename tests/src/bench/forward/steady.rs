@@ -140,7 +140,7 @@ fn with_churn<T>(
                 let due = start + Duration::from_secs(1) * (changes.sent - first) / CHANGES;
                 thread::sleep(due.saturating_duration_since(Instant::now()));
                 let (service, line) = changes.next();
-                bench.node.what.change(&line)?;
+                bench.node.what.change(&line);
                 if service < FLOWS.min(WITH_TCP) {
                     last = Some(changes.sent);
                 }
