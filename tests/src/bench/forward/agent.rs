@@ -71,11 +71,6 @@ pub fn node(program: &Path, lanes: u8, services: u32, hook: Hook) -> Result<Node
     };
     Node::new(lanes, |chain| {
         let mut agents = Agents::start(program, Some(chain.node.clone()), hook, told)?;
-        // The kernel tells nobody of XDP programs that come by links: with the next event of the device the agent sees its own,
-        // and sends by XDP what is to leave by it.
-        for device in 0..2 * lanes {
-            chain.node.ip(&[format!("link set d{device} alias bench")])?;
-        }
         if hook == Hook::Tc {
             let pass = stream::verdict(stream::XDP_PASS)?;
             for pair in chain.lanes.iter().flat_map(|l| [l.client, l.server]) {

@@ -70,7 +70,7 @@ pub fn open(node: &Node<Agents>, path: &run::Path, flows: u32) -> Result<()> {
         while is_waiting {
             let before = left()?;
             path.deliver(flows, true)?;
-            // One packet of each flow and second goes by tc in any case.
+            // One packet of each neighbour and second goes by tc in any case.
             is_waiting = left()? - before >= u64::from(flows);
             ensure!(!is_waiting || Instant::now() < deadline, "XDP leaves all packets to tc");
         }
