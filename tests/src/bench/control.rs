@@ -21,7 +21,7 @@ use self::{
     probe::Prober,
     server::{LIST_VERSION, NODES, SERVICES, SLICES, Server},
 };
-use super::{Effort, measure, report::Row};
+use super::{Effort, measure, report::Row, sys};
 use crate::{lab::ip, place::sibling};
 
 /// A change that is not seen by then will not be.
@@ -78,18 +78,7 @@ pub fn run(effort: Effort, agent: Option<PathBuf>) -> Result<Vec<Row>> {
 
 /// Network and mounts that end with this thread and the agent.
 fn enter_namespaces() -> Result<()> {
-    // SAFETY: changes the calling thread only; the strings end with a NUL.
-    let done = unsafe {
-        libc::unshare(libc::CLONE_NEWNET | libc::CLONE_NEWNS) == 0
-            && libc::mount(
-                c"none".as_ptr(),
-                c"/".as_ptr(),
-                std::ptr::null(),
-                libc::MS_REC | libc::MS_PRIVATE,
-                std::ptr::null(),
-            ) == 0
-    };
-    ensure!(done, "cannot make namespaces: {} (needs root)", std::io::Error::last_os_error());
+    sys::own_namespaces(libc::CLONE_NEWNET)?;
     ip("link set lo up")?;
     ip("link add ext0 type veth peer name ext0p")?;
     ip("addr add 192.0.2.1/24 dev ext0")?;

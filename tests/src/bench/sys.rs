@@ -5,12 +5,13 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
-        unix::ffi::OsStrExt as _,
+        unix::{ffi::OsStrExt as _, process::CommandExt as _},
     },
     path::Path,
+    process::Command,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::insn::Insn;
 
@@ -198,24 +199,30 @@ pub struct Ran {
     pub ns: f64,
 }
 
+/// The part of union bpf_attr for BPF_PROG_TEST_RUN.
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    program: u32,
+    code: u32,
+    bytes_in: u32,
+    bytes_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    context_bytes_in: u32,
+    context_bytes_out: u32,
+    context_in: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch: u32,
+    _pad: u32,
+}
+
 /// Runs a program `repeat` times on one frame that came in by a device.
 pub fn test_run(program: impl AsFd, kind: ProgType, frame: &[u8], ifindex: u32, repeat: u32) -> Result<Ran> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Attr {
-        program: u32,
-        code: u32,
-        bytes_in: u32,
-        bytes_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        context_bytes_in: u32,
-        context_bytes_out: u32,
-        context_in: u64,
-        context_out: u64,
-    }
     let mut out = vec![0u8; frame.len() + 256];
     let context: Vec<u32> = match kind {
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
@@ -227,7 +234,7 @@ pub fn test_run(program: impl AsFd, kind: ProgType, frame: &[u8], ifindex: u32, 
             words
         }
     };
-    let mut attr = Attr {
+    let mut attr = TestRun {
         program: program.as_fd().as_raw_fd() as u32,
         bytes_in: u32::try_from(frame.len())?,
         bytes_out: u32::try_from(out.len())?,
@@ -236,7 +243,7 @@ pub fn test_run(program: impl AsFd, kind: ProgType, frame: &[u8], ifindex: u32, 
         repeat,
         context_bytes_in: u32::try_from(context.len() * 4)?,
         context_in: address(&context),
-        ..Attr::default()
+        ..TestRun::default()
     };
     bpf(BPF_PROG_TEST_RUN, &mut attr).context("BPF_PROG_TEST_RUN")?;
     out.truncate(attr.bytes_out as usize);
@@ -291,35 +298,44 @@ pub fn replace(link: &OwnedFd, program: BorrowedFd) -> Result<()> {
 /// many as the kernel likes).
 pub fn live_run(program: BorrowedFd, frame: &[u8], repeat: u32, batch: u32) -> Result<()> {
     const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 1 << 1;
-    #[repr(C)]
-    #[derive(Default)]
-    struct Attr {
-        program: u32,
-        code: u32,
-        bytes_in: u32,
-        bytes_out: u32,
-        data_in: u64,
-        data_out: u64,
-        repeat: u32,
-        duration: u32,
-        context_bytes_in: u32,
-        context_bytes_out: u32,
-        context_in: u64,
-        context_out: u64,
-        flags: u32,
-        cpu: u32,
-        batch: u32,
-        _pad: u32,
-    }
-    let mut attr = Attr {
+    let mut attr = TestRun {
         program: program.as_raw_fd() as u32,
         bytes_in: u32::try_from(frame.len())?,
         data_in: address(frame),
         repeat,
         flags: BPF_F_TEST_XDP_LIVE_FRAMES,
         batch,
-        ..Attr::default()
+        ..TestRun::default()
     };
     bpf(BPF_PROG_TEST_RUN, &mut attr).context("BPF_PROG_TEST_RUN with live frames")?;
     Ok(())
+}
+
+/// Gives the calling thread namespaces of its own: `with` the flags of these, and one of mounts, which end with it and with what it
+/// starts.
+pub fn own_namespaces(with: libc::c_int) -> Result<()> {
+    // SAFETY: changes the calling thread only; the strings end with a NUL.
+    let done = unsafe {
+        libc::unshare(with | libc::CLONE_NEWNS) == 0
+            && libc::mount(
+                c"none".as_ptr(),
+                c"/".as_ptr(),
+                std::ptr::null(),
+                libc::MS_REC | libc::MS_PRIVATE,
+                std::ptr::null(),
+            ) == 0
+    };
+    ensure!(done, "cannot make namespaces: {} (needs root)", io::Error::last_os_error());
+    Ok(())
+}
+
+/// Has the kernel kill a process when the thread that starts it ends.
+pub fn ends_with_thread(command: &mut Command) {
+    // SAFETY: prctl is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        });
+    }
 }

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail};
 use lb_common::{LAYOUT_VERSION, frontend::ServiceStats, maps::name, verdict::Counter};
 use tempfile::TempDir;
 
@@ -177,7 +177,7 @@ fn serve(space: Option<&Space>, program: &Path, dir: &Path, told: Told) -> Resul
     if let Some(space) = space {
         space.enter()?;
     }
-    own_mounts()?;
+    sys::own_namespaces(0)?;
     let server = Server::start(HashMap::from([
         (SERVICES, told.services),
         (SLICES, told.slices),
@@ -192,23 +192,6 @@ fn serve(space: Option<&Space>, program: &Path, dir: &Path, told: Told) -> Resul
         server.is_watched(SLICES)
     })?;
     Ok((agent, Running { server, counters, stats, maps }))
-}
-
-/// Mounts that end with this thread and the agent.
-fn own_mounts() -> Result<()> {
-    // SAFETY: changes the calling thread only; the strings end with a NUL.
-    let done = unsafe {
-        libc::unshare(libc::CLONE_NEWNS) == 0
-            && libc::mount(
-                c"none".as_ptr(),
-                c"/".as_ptr(),
-                std::ptr::null(),
-                libc::MS_REC | libc::MS_PRIVATE,
-                std::ptr::null(),
-            ) == 0
-    };
-    ensure!(done, "cannot have mounts of its own: {}", std::io::Error::last_os_error());
-    Ok(())
 }
 
 impl Drop for Agents {

@@ -6,9 +6,7 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io,
     net::SocketAddr,
-    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -31,6 +29,7 @@ use crate::bench::{
         run::Path as Way,
         space::Space,
     },
+    sys,
 };
 
 /// Ten thousand Services take kube-proxy half a minute.
@@ -128,13 +127,7 @@ fn serve(space: &Space, program: &Path, dir: &Path, services: u32) -> Result<(Ch
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: prctl is async-signal-safe.
-    unsafe {
-        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        });
-    }
+    sys::ends_with_thread(&mut command);
     let child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
     Ok((child, server))
 }
