@@ -117,7 +117,7 @@ pub fn macs(fib: &Fib) -> [u16; 6] {
 #[inline(always)]
 pub fn is_in_use(fib: &Fib, now: u32) -> bool {
     let neighbour = Neighbour { ifindex: fib.ifindex, mac: fib.dmac, _pad: 0 };
-    match maps::NEIGHBOURS.get_ptr_mut(&neighbour) {
+    match maps::NEIGHBOURS.get_ptr_mut(neighbour) {
         Some(sent) => {
             // SAFETY: an aligned integer. Should two CPUs find it old at once, two packets go to the stack.
             let sent = unsafe { &mut *sent };
@@ -129,7 +129,7 @@ pub fn is_in_use(fib: &Fib, now: u32) -> bool {
         }
         None => {
             // One that does not fit is asked about later.
-            let _ = maps::NEIGHBOURS.insert(&neighbour, &now, ANY);
+            let _ = maps::NEIGHBOURS.insert(neighbour, now, ANY);
             true
         }
     }
