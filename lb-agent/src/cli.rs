@@ -209,7 +209,7 @@ pub struct RunArgs {
     #[arg(long, env = "LB_MAX_SERVICES", value_name = "N", help_heading = "Sizes of maps")]
     pub max_services: Option<String>,
     /// Backend slots that fit, both families together; each endpoint takes one or two, and a change needs room beside
-    /// the old set [default: 458752]
+    /// the old set [default: 501760]
     #[arg(long, env = "LB_MAX_SLOTS", value_name = "N", help_heading = "Sizes of maps")]
     pub max_slots: Option<String>,
     /// Backends that fit, per family [default: 131072]

@@ -93,7 +93,7 @@ pub mod capacity {
     pub const SERVICES: u32 = 65_536;
     /// Backend slots, both families together: two sets (Cluster and Local) of 100,000 backends, and room to write a
     /// new set beside the old one.
-    pub const SLOTS: u32 = 458_752;
+    pub const SLOTS: u32 = 501_760;
     /// Backends per family.
     pub const BACKENDS: u32 = 131_072;
     /// Flows per family; each takes two entries.
