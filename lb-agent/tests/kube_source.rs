@@ -162,7 +162,7 @@ async fn asks_only_for_what_is_needed() {
             assert_eq!(request.get("allowWatchBookmarks"), "true", "{request:?}");
             assert_eq!(request.get("resourceVersion"), "15", "{request:?}");
         } else {
-            assert_eq!(request.get("limit"), "500", "{request:?}");
+            assert_eq!(request.get("limit"), "250", "{request:?}");
         }
     }
     let pages: Vec<_> =
