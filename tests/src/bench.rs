@@ -126,7 +126,7 @@ impl Part {
     }
 
     /// Items of the suite that it has.
-    const fn items(self) -> &'static [&'static str] {
+    pub const fn items(self) -> &'static [&'static str] {
         match self {
             Self::Packet => &["P1", "P6"],
             Self::Size => &["D1"],
@@ -171,19 +171,34 @@ const ITEMS: [(&str, &str, &str); 19] = [
     ("D1", "size of programs and paths", "<= 5 % growth without a reason"),
 ];
 
+/// What a run came to.
+#[derive(Debug)]
+pub struct Outcome {
+    pub rows: Vec<Row>,
+    /// Parts that could not be measured, and why: the others are worth having.
+    pub failed: Vec<(Part, anyhow::Error)>,
+}
+
 /// Runs parts, and says of every other item of the suite that it was not measured.
-pub fn run(parts: &[Part], plan: &Plan) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
+pub fn run(parts: &[Part], plan: &Plan) -> Outcome {
+    let mut outcome = Outcome { rows: Vec::new(), failed: Vec::new() };
     for part in parts {
-        rows.extend(part.run(plan)?);
+        match part.run(plan) {
+            Ok(rows) => outcome.rows.extend(rows),
+            Err(e) => outcome.failed.push((*part, e)),
+        }
     }
     for (id, what, bar) in ITEMS {
         let part = Part::ALL.into_iter().find(|p| p.items().contains(&id));
-        match part {
-            Some(part) if parts.contains(&part) => {}
-            Some(_) => rows.push(Row::missing(id, what, bar, "not asked for in this run")),
-            None => rows.push(Row::missing(id, what, bar, "not measured yet")),
-        }
+        let why = match part {
+            Some(part) => match outcome.failed.iter().find(|(failed, _)| *failed == part) {
+                Some((_, e)) => format!("failed: {e:#}"),
+                None if parts.contains(&part) => continue,
+                None => "not asked for in this run".to_owned(),
+            },
+            None => "not measured yet".to_owned(),
+        };
+        outcome.rows.push(Row::missing(id, what, bar, &why));
     }
-    Ok(rows)
+    outcome
 }

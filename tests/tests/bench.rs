@@ -22,9 +22,16 @@ const ITEMS: [&str; 19] = [
 
 const SMALL: Plan = Plan { effort: Effort::Small, agent: None, forward: forward::Options::NONE };
 
+/// What was measured, if all of it could be.
+fn rows(parts: &[Part], plan: &Plan) -> Result<Vec<Row>> {
+    let bench::Outcome { rows, failed } = bench::run(parts, plan);
+    ensure!(failed.is_empty(), "{failed:?}");
+    Ok(rows)
+}
+
 #[test]
 fn the_whole_suite_runs_and_says_something_of_every_item() -> Result<()> {
-    let rows = bench::run(&Part::ALL, &SMALL)?;
+    let rows = rows(&Part::ALL, &SMALL)?;
     let found: BTreeSet<_> = rows.iter().map(|r| r.id).collect();
     assert_eq!(found, ITEMS.into_iter().collect());
     for row in &rows {
@@ -91,15 +98,28 @@ exec sleep 1000
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
     let options =
         forward::Options { only: vec!["P4".into()], kube_proxy: Some(program), ..forward::Options::NONE };
-    let rows = bench::run(&[Part::Forward], &Plan { forward: options, ..SMALL })?;
+    let rows = rows(&[Part::Forward], &Plan { forward: options, ..SMALL })?;
     let found = rows.iter().find(|r| r.id == "P4" && r.what.contains("XDP, against kube-proxy's own"));
     ensure!(found.is_some_and(|r| r.baseline.is_some_and(|ns| ns > 0.0)), "{found:?}");
     Ok(())
 }
 
 #[test]
+fn a_part_that_fails_takes_no_other_with_it() {
+    let plan = Plan { agent: Some("/nonexistent/lb-agent".into()), ..SMALL };
+    let bench::Outcome { rows, failed } = bench::run(&[Part::Control, Part::Size], &plan);
+    assert_eq!(failed.iter().map(|(part, _)| *part).collect::<Vec<_>>(), [Part::Control]);
+    let of = |id: &str| rows.iter().filter(|r| r.id == id).collect::<Vec<_>>();
+    assert!(of("D1").iter().any(|r| r.ours.is_some()));
+    for id in Part::Control.items() {
+        let [row] = of(id)[..] else { panic!("{id}: {:?}", of(id)) };
+        assert!(row.note.starts_with("failed: ") && row.note.contains("lb-agent"), "{row:?}");
+    }
+}
+
+#[test]
 fn what_a_run_leaves_out_is_said() -> Result<()> {
-    let rows = bench::run(&[], &SMALL)?;
+    let rows = rows(&[], &SMALL)?;
     let said = |id: &str| rows.iter().find(|r| r.id == id).map(|r| r.note.as_str());
     assert_eq!(said("P1"), Some("not asked for in this run"));
     assert_eq!(said("C6"), Some("not asked for in this run"));

@@ -2,9 +2,9 @@
 
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use lb_tests::bench::{
-    self, Effort, Part, Plan, docs,
+    self, Effort, Outcome, Part, Plan, docs,
     forward::{self, device::Device, generate},
     machine, report, size,
 };
@@ -96,13 +96,17 @@ fn run() -> Result<()> {
         size::record(why)?;
     }
     let before = machine::describe();
-    let rows = bench::run(&options.parts, &options.plan)?;
+    let Outcome { rows, failed } = bench::run(&options.parts, &options.plan);
     for (name, value) in &before {
         println!("{name}: {value}");
     }
     println!("\n{}", report::table(&rows));
     report::write(&rows, &options.out)?;
     println!("written: results.json, results.csv and charts in {}", options.out.display());
+    for (part, e) in &failed {
+        eprintln!("bench: {} failed: {e:#}", part.name());
+    }
+    ensure!(failed.is_empty(), "not everything could be measured");
     if let Some(path) = options.docs {
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let text = docs::with_results(&text, &before, &rows)?;
