@@ -150,6 +150,7 @@ pub struct Maps {
     cidrs6: MmapArray<ServiceCidr<V6>>,
     names: Table<u32, ServiceName>,
     stats: ServiceCounters,
+    epochs: FlowEpochs,
 }
 
 impl Maps {
@@ -170,6 +171,7 @@ impl Maps {
             cidrs6: MmapArray::open_packed(dir, name::SERVICE_CIDRS6, cidr::CAPACITY)?,
             names: Table::open(dir, name::SERVICE_NAMES, hash)?,
             stats: ServiceCounters::open(dir)?,
+            epochs: FlowEpochs::open(dir)?,
         })
     }
 

@@ -1,19 +1,23 @@
-//! Each CPU's own cache of flows for XDP: one cache line an entry, where the flow table takes three or four.
+//! Each CPU's own cache of flows: one cache line an entry, where the flow table takes three or four.
 //!
 //! A cached flow says what the flow table, the routing table and the checks of the slow path said a moment ago, for packets
 //! that bring no news: no TCP flag but ACK, and within the second in which the table's entry was stamped. It is believed
 //! only while
 //!
-//! * the key is the packet's tuple, byte by byte;
+//! * the key is the packet's tuple, byte by byte, and the hook is the same;
 //! * the *epoch* of the tuple is what it was before the flow was looked up. Whoever removes or changes an entry of the flow
 //!   table makes the epoch a new one afterwards (the time, CLOCK_MONOTONIC in ns), and the agent does so with all of them
 //!   when routes or devices change;
 //! * less than a second has passed since the flow was stamped: so the table hears of the flow as often as without a cache,
 //!   and nothing depends on an agent that is alive.
 //!
-//! An entry that is still fresh is not replaced: two flows on one slot would take turns to write, with every packet.
+//! Packets that are none of ours are cached too ([`way::NOTHING`]): most of what passes a node's devices. They have epochs of
+//! their own, which end when a flow is opened whose answers have that tuple, or when the agent adds frontends.
+//!
+//! An entry that is still fresh is not replaced: two flows on one slot would take turns to write, with every packet. But a
+//! flow takes the place of nothing.
 
-use crate::{Addr, V4, V6, conntrack::Flow, map_type, tuple::Tuple};
+use crate::{Addr, Be16, V4, V6, conntrack::Flow, map_type, tuple::Tuple};
 
 /// Value of `FLOW_CACHE4` and `FLOW_CACHE6`: a flow, its next hop, and what translation changes in the checksums.
 #[repr(C)]
@@ -36,7 +40,28 @@ pub struct CachedFlow<A> {
     /// Folded difference of the checksum over the addresses: that of the IPv4 header, without the TTL's part.
     pub l3_delta: u16,
     pub next_hop: NextHop,
-    pub _pad: u32,
+    /// Of [`hook`]: where the packet is seen.
+    pub hook: u8,
+    /// Of [`way`]: what becomes of it.
+    pub way: u8,
+    pub _pad: u16,
+}
+
+/// Where packets are seen: one tuple may pass several hooks, and each does something else with it.
+pub mod hook {
+    pub const XDP: u8 = 0;
+    pub const INGRESS: u8 = 1;
+    pub const EGRESS: u8 = 2;
+}
+
+/// What becomes of a packet.
+pub mod way {
+    /// It is translated, and goes on to the stack.
+    pub const STACK: u8 = 0;
+    /// It is translated, and leaves by the next hop.
+    pub const ROUTED: u8 = 1;
+    /// It passes as it is. Such an entry has no translation and no next hop.
+    pub const NOTHING: u8 = 2;
 }
 
 /// Where a packet goes after translation.
@@ -47,8 +72,7 @@ pub struct NextHop {
     pub macs: [u16; 6],
     /// Longest packet that the way takes, in bytes from the IP header on.
     pub mtu: u16,
-    /// The device to leave by; 0: to the stack, and the other fields say nothing. Flows by a device whose index does not fit
-    /// are not cached.
+    /// The device to leave by. Flows by a device whose index does not fit are not cached.
     pub ifindex: u16,
 }
 
@@ -73,8 +97,10 @@ map_type!(CachedFlow<V4>, size = ENTRY4_BYTES);
 map_type!(CachedFlow<V6>, size = 112);
 map_type!(Entry6, size = ENTRY6_BYTES);
 
-/// Number of epochs; a power of two. Each stands for all tuples that hash to it.
+/// Number of epochs of each kind; a power of two. Each stands for all tuples that hash to it.
 pub const EPOCHS: u32 = 4096;
+/// Length of `FLOW_EPOCHS`: the epochs of entries of the flow table, and then those of tuples that have none.
+pub const ALL_EPOCHS: u32 = 2 * EPOCHS;
 
 /// Odd multipliers, one a word of the key, from the fraction of pi (the words of Blowfish's P-array).
 const MULTIPLIERS: [u64; 10] = [
@@ -106,16 +132,22 @@ pub fn hash<A: Addr>(key: &Tuple<A>) -> u32 {
     (sum ^ sum >> 29).wrapping_mul(MULTIPLIERS[9]).wrapping_shr(32) as u32
 }
 
-/// Index into `FLOW_EPOCHS`.
+/// Index into `FLOW_EPOCHS`: ends when an entry of the flow table is removed or changed.
 #[inline(always)]
 pub const fn epoch_index(hash: u32) -> u32 {
     hash % EPOCHS
 }
 
-/// Index into the cache of the `cpu`-th CPU, which has `slots` (a power of two) of them.
+/// Index into `FLOW_EPOCHS`: ends when an entry of the flow table is made.
 #[inline(always)]
-pub const fn slot_index(cpu: u32, slots: u32, hash: u32) -> u32 {
-    cpu * slots + (hash & (slots - 1))
+pub const fn nothing_epoch_index(hash: u32) -> u32 {
+    EPOCHS + hash % EPOCHS
+}
+
+/// Index into the cache of the `cpu`-th CPU, which has `slots` (a power of two) of them. Each hook has a pair of its own.
+#[inline(always)]
+pub const fn slot_index(cpu: u32, slots: u32, hash: u32, hook: u8) -> u32 {
+    cpu * slots + ((hash ^ (hook as u32) << 1) & (slots - 1))
 }
 
 /// Where a flow whose slot is taken may be instead: next to it, as processors fetch lines in pairs.
@@ -141,7 +173,15 @@ pub const fn slots_per_cpu(total: u32, cpus: u32) -> u32 {
 }
 
 impl<A: Addr> CachedFlow<A> {
-    /// Makes this the entry for packets of `key`, but for the next hop.
+    /// The tuple after rewriting.
+    #[inline(always)]
+    pub const fn rewritten(&self, proto: u8) -> Tuple<A> {
+        let [a, b, c, d] = self.ports.to_ne_bytes();
+        let (sport, dport) = (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]));
+        Tuple::new(self.src, Be16::from_raw(sport), self.dst, Be16::from_raw(dport), proto)
+    }
+
+    /// Makes this the entry for packets of `key`, but for the next hop, hook and way.
     #[inline(always)]
     pub fn fill(&mut self, key: &Tuple<A>, flow: &Flow<A>, epoch: u32) {
         use crate::checksum::Sum;
@@ -213,7 +253,9 @@ mod tests {
         assert_eq!(slots_per_cpu(100, 128), 0);
         assert_eq!(slots_per_cpu(16, 2), 8);
         assert_eq!(slots_per_cpu(0, 2), 0);
-        assert_eq!(slot_index(2, 4, 0xffff_fffd), 9);
+        assert_eq!(slot_index(2, 4, 0xffff_fffd, hook::XDP), 9);
+        assert_eq!(slot_index(2, 4, 0xffff_fffd, hook::INGRESS), 11);
+        assert_eq!(slot_index(2, 2, 0xffff_fffd, hook::EGRESS), 5, "never another CPU's");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use lb_common::{
     conntrack::{Flow, tcp},
-    flow_cache::{CachedFlow, epoch_index, hash, is_stale, other_slot, slot_index},
+    flow_cache::{CachedFlow, epoch_index, hash, is_stale, nothing_epoch_index, other_slot, slot_index, way},
     proto,
     tuple::Tuple,
 };
@@ -13,76 +13,105 @@ use crate::{
     net::{Net, Packet, Scratch},
 };
 
-/// Where a packet's flow has its place, and the epoch that it may be noted with.
+/// Where a packet's flow has its place, and the epochs that it may be noted with.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Place {
     slot: u32,
+    hash: u32,
     /// Low half. Read before the flow table is, and so before whatever changes there.
     epoch: u32,
+    /// The same for tuples without a flow.
+    nothing_epoch: u32,
+    /// Of [`flow_cache::hook`].
+    hook: u8,
+}
+
+/// The epoch at this index, low half.
+#[inline(always)]
+fn epoch(index: u32) -> Option<u32> {
+    // SAFETY: an aligned integer; volatile keeps it one load.
+    maps::FLOW_EPOCHS.get_ptr(index).map(|epoch| unsafe { core::ptr::read_volatile(epoch) } as u32)
 }
 
 impl Place {
     /// No cache.
-    const NOWHERE: Self = Self { slot: u32::MAX, epoch: 0 };
+    pub const NOWHERE: Self = Self { slot: u32::MAX, hash: 0, epoch: 0, nothing_epoch: 0, hook: 0 };
 
     /// That of a packet's flow.
     #[inline(always)]
-    pub fn of<A: Net>(p: &Packet<A>) -> Self {
+    pub fn of<A: Net>(p: &Packet<A>, hook: u8) -> Self {
         let slots = globals::flow_cache_slots();
         if slots == 0 {
             return Self::NOWHERE;
         }
         let hash = hash(&p.tuple);
-        let Some(epoch) = maps::FLOW_EPOCHS.get_ptr(epoch_index(hash)) else { return Self::NOWHERE };
-        // SAFETY: an aligned integer; volatile keeps it one load.
-        let epoch = unsafe { core::ptr::read_volatile(epoch) } as u32;
+        let Some(epoch) = epoch(epoch_index(hash)) else { return Self::NOWHERE };
         let slots = if A::IS_V6 { slots / 4 } else { slots };
         // SAFETY: no arguments, no effects.
         let cpu = unsafe { bpf_get_smp_processor_id() };
-        Self { slot: slot_index(cpu, slots, hash), epoch }
+        Self { slot: slot_index(cpu, slots, hash, hook), hash, epoch, nothing_epoch: 0, hook }
+    }
+
+    /// To be called before the tables are asked, if the cache knows nothing.
+    #[inline(always)]
+    pub fn before_tables(&mut self) {
+        if globals::flow_cache_slots() != 0 {
+            self.nothing_epoch = epoch(nothing_epoch_index(self.hash)).unwrap_or_default();
+        }
     }
 }
 
 /// What is known about the packet's flow, if that is all there is to know: a packet with news has to be seen by the table.
 #[inline(always)]
-pub fn find<A: Net>(p: &Packet<A>, place: Place) -> Option<&'static CachedFlow<A>> {
+pub fn find<A: Net>(p: &Packet<A>, place: &Place) -> Option<&'static CachedFlow<A>> {
     if globals::flow_cache_slots() == 0 {
         return None;
     }
     let mut cached = A::cached(place.slot)?;
     // SAFETY: an element of this CPU's part; programs of one CPU do not interrupt each other.
-    if !is_same(unsafe { &(*cached).key }, &p.tuple) {
+    if !is_same(unsafe { &*cached }, &p.tuple, place.hook) {
         cached = A::cached(other_slot(place.slot))?;
         // SAFETY: as above.
-        if !is_same(unsafe { &(*cached).key }, &p.tuple) {
+        if !is_same(unsafe { &*cached }, &p.tuple, place.hook) {
             return None;
         }
     }
     // SAFETY: as above.
     let cached = unsafe { &*cached };
-    let is_current = cached.epoch == place.epoch
+    let current = if cached.way == way::NOTHING {
+        epoch(nothing_epoch_index(place.hash))?
+    } else {
+        place.epoch
+    };
+    let is_current = cached.epoch == current
         && !is_stale(cached.stamped, p.now, globals::jiffies_per_s())
-        && p.tcp_flags & !tcp::ACK == 0;
+        && news(p) & !tcp::ACK == 0;
     if is_current { Some(cached) } else { None }
 }
 
-/// Which way a noted flow's packets go.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Way {
-    /// To the stack.
-    Stack,
-    /// Where the routing table said, whose answer is in the scratch memory.
-    Routed,
+/// The TCP flags that the flow table takes note of.
+#[inline(always)]
+const fn news<A: Net>(p: &Packet<A>) -> u8 {
+    p.tcp_flags & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST)
 }
 
-/// Notes the flow of the packet in the scratch memory for those that follow.
+/// True for packets that look like all that will follow.
 #[inline(always)]
-pub fn fill<A: Net>(p: &Packet<A>, flow: &Flow<A>, way: Way) {
+const fn is_plain<A: Net>(p: &Packet<A>) -> bool {
+    match p.tuple.proto {
+        proto::TCP => news(p) == tcp::ACK,
+        proto::UDP => true,
+        _ => false,
+    }
+}
+
+/// Notes the flow of the packet in the scratch memory for those that follow; `way` is [`way::STACK`], or [`way::ROUTED`] with
+/// the routing table's answer in the scratch memory.
+#[inline(always)]
+pub fn fill<A: Net>(p: &Packet<A>, flow: &Flow<A>, way: u8) {
     // A flow may end with its first packet: a flood of new ones fills no cache.
-    let seen = if p.tuple.proto == proto::TCP { tcp::ACK } else { 0 };
-    let is_plain = p.tcp_flags == seen && flow.created != p.now;
-    if globals::flow_cache_slots() != 0 && is_plain {
+    if globals::flow_cache_slots() != 0 && is_plain(p) && flow.created != p.now {
         note(flow, way as u32);
     }
 }
@@ -91,47 +120,83 @@ pub fn fill<A: Net>(p: &Packet<A>, flow: &Flow<A>, way: Way) {
 #[inline(never)]
 fn note<A: Net>(flow: &Flow<A>, way: u32) -> u32 {
     let Some(Scratch { packet: p, fib, place, .. }) = A::scratch() else { return 0 };
-    let Some(mut cached) = A::cached(place.slot) else { return 0 };
-    // SAFETY: as in `find`.
-    if is_others(unsafe { &*cached }, p) {
-        let Some(other) = A::cached(other_slot(place.slot)) else { return 0 };
-        cached = other;
-        // SAFETY: as in `find`.
-        if is_others(unsafe { &*cached }, p) {
+    let Some(cached) = free_slot(p, place, false) else { return 0 };
+    let hop = &mut cached.next_hop;
+    if way == way::ROUTED as u32 {
+        if fib.ifindex > u16::MAX as u32 {
+            // Does not fit.
             return 0;
         }
-    }
-    // SAFETY: as in `find`.
-    let cached = unsafe { &mut *cached };
-    let hop = &mut cached.next_hop;
-    if way == Way::Stack as u32 {
-        hop.ifindex = 0;
-    } else if fib.ifindex > u16::MAX as u32 {
-        // Does not fit.
-        return 0;
-    } else {
         hop.macs = forward::macs(fib);
         // The kernel has put the route's MTU where it was told the packet's length (kernel commit e1850ea9bd9e, 5.12).
         hop.mtu = fib.tot_len;
         hop.ifindex = fib.ifindex as u16;
     }
     cached.fill(&p.tuple, flow, place.epoch);
+    cached.hook = place.hook;
+    cached.way = way as u8;
     0
+}
+
+/// Notes that the packet in the scratch memory has no flow and opens none: one such packet of eight. Most tuples have few
+/// packets, and what has many is soon known.
+#[inline(always)]
+pub fn fill_nothing<A: Net>(p: &Packet<A>) {
+    if globals::flow_cache_slots() == 0 || !is_plain(p) {
+        return;
+    }
+    if let Some(Scratch { others, .. }) = A::scratch() {
+        *others = others.wrapping_add(1);
+        if *others & 7 == 0 {
+            note_nothing::<A>();
+        }
+    }
+}
+
+/// Not inlined, for the stack's sake.
+#[inline(never)]
+fn note_nothing<A: Net>() -> u32 {
+    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return 0 };
+    let Some(cached) = free_slot(p, place, true) else { return 0 };
+    cached.key = p.tuple;
+    cached.stamped = p.now;
+    cached.epoch = place.nothing_epoch;
+    cached.hook = place.hook;
+    cached.way = way::NOTHING;
+    0
+}
+
+/// A place for the packet's flow, or for `nothing`, which takes no other's.
+#[inline(always)]
+fn free_slot<A: Net>(p: &Packet<A>, place: &Place, nothing: bool) -> Option<&'static mut CachedFlow<A>> {
+    let mut cached = A::cached(place.slot)?;
+    // SAFETY: as in `find`.
+    if is_others(unsafe { &*cached }, p, place.hook, nothing) {
+        cached = A::cached(other_slot(place.slot))?;
+        // SAFETY: as in `find`.
+        if is_others(unsafe { &*cached }, p, place.hook, nothing) {
+            return None;
+        }
+    }
+    // SAFETY: as in `find`.
+    Some(unsafe { &mut *cached })
 }
 
 /// Fresh flows keep their slot: two that took turns would write with every packet. A new map is all zeroes.
 #[inline(always)]
-fn is_others<A: Net>(cached: &CachedFlow<A>, p: &Packet<A>) -> bool {
+fn is_others<A: Net>(cached: &CachedFlow<A>, p: &Packet<A>, hook: u8, nothing: bool) -> bool {
     cached.key.proto != 0
+        && (nothing || cached.way != way::NOTHING)
         && !is_stale(cached.stamped, p.now, globals::jiffies_per_s())
-        && !is_same(&cached.key, &p.tuple)
+        && !is_same(cached, &p.tuple, hook)
 }
 
 /// Compares without a branch for each word.
 #[inline(always)]
-fn is_same<A: Net>(a: &Tuple<A>, b: &Tuple<A>) -> bool {
+fn is_same<A: Net>(cached: &CachedFlow<A>, b: &Tuple<A>, hook: u8) -> bool {
+    let a = &cached.key;
     let ports = |t: &Tuple<A>| (t.sport.raw() as u32) << 16 | t.dport.raw() as u32;
-    let mut differences = (ports(a) ^ ports(b)) | (a.proto ^ b.proto) as u32;
+    let mut differences = (ports(a) ^ ports(b)) | (a.proto ^ b.proto) as u32 | (cached.hook ^ hook) as u32;
     for i in 0..A::WORDS {
         differences |= (a.src.word(i) ^ b.src.word(i)) | (a.dst.word(i) ^ b.dst.word(i));
     }
@@ -141,10 +206,23 @@ fn is_same<A: Net>(a: &Tuple<A>, b: &Tuple<A>) -> bool {
 /// To be called after an entry of the flow table was removed or changed: no CPU believes what it has noted about it.
 #[inline(always)]
 pub fn renew_epoch<A: Net>(key: &Tuple<A>) {
-    if globals::flow_cache_slots() == 0 {
-        return;
+    if globals::flow_cache_slots() != 0 {
+        renew(epoch_index(hash(key)));
     }
-    if let Some(epoch) = maps::FLOW_EPOCHS.get_ptr_mut(epoch_index(hash(key))) {
+}
+
+/// To be called after an entry of the flow table was made that no packet of its tuple made: no CPU believes that there is
+/// nothing.
+#[inline(always)]
+pub fn renew_nothing<A: Net>(key: &Tuple<A>) {
+    if globals::flow_cache_slots() != 0 {
+        renew(nothing_epoch_index(hash(key)));
+    }
+}
+
+#[inline(always)]
+fn renew(index: u32) {
+    if let Some(epoch) = maps::FLOW_EPOCHS.get_ptr_mut(index) {
         // The time will do where another would need an atomic addition: no earlier epoch had it.
         // SAFETY: aligned, and read and written as a whole by everybody.
         unsafe { core::ptr::write_volatile(epoch, bpf_ktime_get_ns()) };

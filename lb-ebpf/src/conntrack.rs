@@ -9,7 +9,7 @@ use lb_common::{
 };
 
 use crate::{
-    globals,
+    cache, globals,
     net::{ANY, NOEXIST, Net, Scratch},
 };
 
@@ -123,7 +123,10 @@ pub fn open<A: Net>(
         return Err(Counter::DropSnatExhausted);
     }
     match A::put_flow(key, flow, NOEXIST) {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            cache::renew_nothing(reply_key);
+            Ok(())
+        }
         Err(EEXIST) => adopt(key, flow, reply_key),
         Err(_) => {
             A::remove_flow(reply_key);

@@ -112,6 +112,13 @@ pub fn macs(fib: &Fib) -> [u16; 6] {
     [half(d, 0), half(d, 1), half(d, 2), half(s, 0), half(s, 1), half(s, 2)]
 }
 
+/// True for devices of ours: those have Ethernet headers.
+#[inline(always)]
+pub fn is_ethernet(ifindex: u32) -> bool {
+    // SAFETY: not read.
+    unsafe { maps::DEVICES.get(ifindex) }.is_some()
+}
+
 /// False once a second for each neighbour: then the stack sends a packet, which keeps the kernel's entry about it alive. A look
 /// into the routing table does not, and would find the MAC address of a neighbour that is long gone.
 #[inline(always)]

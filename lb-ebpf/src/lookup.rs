@@ -27,8 +27,10 @@ pub enum Hook {
 
 /// What the tables say about a packet.
 pub enum Found<A> {
-    /// Not ours, or not for this hook.
+    /// Not ours, or not for this hook; nor are those that follow.
     Nothing,
+    /// Not ours, for reasons that are not the tuple's.
+    NotOurs,
     /// Translate. Points into a map: the entry may be removed meanwhile. Its memory stays memory of the table, though in
     /// theory another flow may move in within the nanoseconds until it is read (entries come from a per-CPU free list).
     Flow(*const Flow<A>),
@@ -94,7 +96,7 @@ fn no_frontend<A: Printed>(p: &Packet<A>, hook: Hook) -> Found<A> {
 fn unlisted<A: Net>(p: &Packet<A>) -> Opened {
     let range = p.tuple.dst.service_cidr();
     if range == 0 {
-        return Opened::Refused(Refusal::NotOurs);
+        return Opened::Nothing;
     }
     let refusal = match select::unlisted(A::frontend(&p.address_key()), range) {
         Unlisted::Pass => Refusal::NotOurs,
@@ -127,6 +129,8 @@ pub fn egress<A: Net>(p: &Packet<A>) -> Option<*const Flow<A>> {
 enum Opened {
     /// The flow is in the scratch memory.
     Done,
+    /// Nothing, for any packet with this tuple.
+    Nothing,
     Refused(Refusal),
 }
 
@@ -137,8 +141,9 @@ fn opened<A: Printed>(result: Opened) -> Found<A> {
             trace::opened::<A>();
             Found::Flow(&raw const scratch.opened)
         }
-        (Opened::Done, None) => Found::Nothing,
-        (Opened::Refused(Refusal::NotOurs), _) => Found::Nothing,
+        (Opened::Done, None) => Found::NotOurs,
+        (Opened::Nothing, _) => Found::Nothing,
+        (Opened::Refused(Refusal::NotOurs), _) => Found::NotOurs,
         (Opened::Refused(refusal), _) => {
             trace::refused::<A>(refusal.counter());
             Found::Refused(refusal)

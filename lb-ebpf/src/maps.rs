@@ -12,7 +12,7 @@ use lb_common::{
     cidr::ServiceCidrs,
     conntrack::Flow,
     device::{Device, Neighbour},
-    flow_cache::{EPOCHS, Entry4, Entry6},
+    flow_cache::{ALL_EPOCHS, Entry4, Entry6},
     fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey, OWN_FRAME_BYTES},
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord, ServiceStats},
     maps::{Clock, capacity},
@@ -48,7 +48,7 @@ pub static FLOWS4: HashMap<Tuple<V4>, Flow<V4>, { 2 * capacity::FLOWS as usize }
 #[btf_map]
 pub static FLOWS6: HashMap<Tuple<V6>, Flow<V6>, { 2 * capacity::FLOWS as usize }, ON_DEMAND> = HashMap::new();
 #[btf_map]
-pub static FLOW_EPOCHS: Array<u64, { EPOCHS as usize }, MMAP> = Array::new();
+pub static FLOW_EPOCHS: Array<u64, { ALL_EPOCHS as usize }, MMAP> = Array::new();
 // Not written by the agent: the flag puts elements at the beginning of a page, and so each into a line of its own.
 #[btf_map]
 pub static FLOW_CACHE4: Array<Entry4, { capacity::FLOW_CACHE as usize }, MMAP> = Array::new();

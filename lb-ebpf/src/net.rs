@@ -221,8 +221,10 @@ pub struct Scratch<A> {
     pub fib: Fib,
     /// tc: the next hop that `fib` named.
     pub via: NextHop,
-    /// XDP: the packet's place in the flow cache.
+    /// The packet's place in the flow cache.
     pub place: Place,
+    /// Packets so far that were none of ours: see [`cache::fill_nothing`].
+    pub others: u32,
     /// What `tc::transit` wants told to the sender, when it returns [`crate::tc::ANSWER`].
     pub error: icmp::Error,
 }

@@ -5,13 +5,15 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use lb_common::{
     V4, V6,
     conntrack::{Flow, flags},
+    flow_cache::{CachedFlow, hook, way},
     verdict::Counter,
 };
 
 use crate::{
+    cache::{self, Place},
     conntrack, echo,
     forward::{self, Fib, NextHop},
-    fragments, icmp,
+    fragments, globals, icmp,
     lookup::{self, Found, Hook},
     metrics,
     net::{Packet, Scratch},
@@ -28,6 +30,8 @@ pub const NEXT: i32 = -1;
 const SHOT: i32 = 2;
 /// Not a code of the kernel: `transit` asks for an ICMP error. It does not send that itself, for the stack's sake.
 pub const ANSWER: i32 = i32::MIN;
+/// Not a code of the kernel either: the tables have to be asked.
+const LONG_WAY: i32 = i32::MIN + 1;
 
 /// What a step did: the code to return, or why the packet is dropped.
 pub type Outcome = Result<i32, Counter>;
@@ -104,8 +108,15 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
         },
         Parsed::Other => return Ok(NEXT),
     }
+    match noted(skb, p, hook::INGRESS) {
+        LONG_WAY => {}
+        code => return Ok(code),
+    }
     match lookup::ingress(skb.ctx(), p, Hook::Classifier) {
-        Found::Nothing => Ok(NEXT),
+        Found::Nothing => {
+            cache::fill_nothing(p);
+            Ok(NEXT)
+        }
         Found::Flow(flow) => {
             if p.is_first_fragment() {
                 // Of a flow, whatever address it is to: an answer may come by another device than the request left by.
@@ -115,7 +126,7 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
             send_on(skb, p, unsafe { &*flow })
         }
         Found::Refused(Refusal::Drop(reason)) => Err(reason),
-        Found::Refused(Refusal::NotOurs) => Ok(NEXT),
+        Found::NotOurs | Found::Refused(Refusal::NotOurs) => Ok(NEXT),
         Found::Refused(refusal @ (Refusal::Reject | Refusal::RejectUnlisted)) => {
             metrics::count(refusal.counter());
             Ok(icmp::answer(skb, p, icmp::Error::PORT_UNREACHABLE))
@@ -136,16 +147,64 @@ fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
             return Ok(NEXT);
         }
     }
+    match noted(skb, p, hook::EGRESS) {
+        LONG_WAY => {}
+        code => return Ok(code),
+    }
     match lookup::egress(p) {
         Some(flow) => {
             if p.is_first_fragment() {
                 fragments::note(p);
             }
             // SAFETY: see `Found::Flow`.
-            translate(skb, p, unsafe { &*flow }, p.ttl)
+            let flow = unsafe { &*flow };
+            translate(skb, p, flow, p.ttl)?;
+            cache::fill(p, flow, way::STACK);
         }
-        None => Ok(NEXT),
+        None => cache::fill_nothing(p),
     }
+    Ok(NEXT)
+}
+
+/// What this CPU has noted about the packet's flow, done; [`LONG_WAY`] if there is more to it.
+#[inline(always)]
+fn noted<A: Family>(skb: Skb, p: &Packet<A>, hook: u8) -> i32 {
+    let Some(Scratch { place, .. }) = A::scratch() else { return LONG_WAY };
+    *place = if p.is_fragment { Place::NOWHERE } else { Place::of(p, hook) };
+    let code = match cache::find(p, place) {
+        None => LONG_WAY,
+        Some(cached) if cached.way == way::NOTHING => NEXT,
+        Some(cached) => short_way(skb, p, cached),
+    };
+    if code == LONG_WAY {
+        place.before_tables();
+    }
+    code
+}
+
+/// Not inlined, for the stack's sake.
+#[inline(never)]
+fn short_way<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> i32 {
+    action(send_noted(skb, p, cached))
+}
+
+#[inline(always)]
+fn send_noted<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> Outcome {
+    let new = cached.rewritten(p.tuple.proto);
+    let hop = &cached.next_hop;
+    if cached.way == way::STACK {
+        rewrite(skb, p, &new, p.ttl).map_err(|_| Counter::DropRewriteFailed)?;
+        metrics::count_service(cached.service, skb.packets(), p.ip_bytes, false);
+        return Ok(NEXT);
+    }
+    if p.ttl <= 1 || is_tagged(skb, p) || wire_bytes(skb, p) > hop.mtu as u32 {
+        return Ok(LONG_WAY);
+    }
+    rewrite(skb, p, &new, p.ttl - 1).map_err(|_| Counter::DropRewriteFailed)?;
+    skb.store(0, &hop.macs).map_err(|_| Counter::DropRewriteFailed)?;
+    metrics::count_service(cached.service, skb.packets(), p.ip_bytes, false);
+    // SAFETY: plain integers.
+    Ok(unsafe { bpf_redirect(hop.ifindex as u32, 0) } as i32)
 }
 
 #[inline(always)]
@@ -169,7 +228,13 @@ fn send_on<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         };
     }
     translate(skb, p, flow, p.ttl)?;
-    if flow.flags & flags::HAIRPIN != 0 { back_out(skb) } else { Ok(NEXT) }
+    if flow.flags & flags::HAIRPIN != 0 {
+        return back_out(skb);
+    }
+    if flow.flags & flags::GONE == 0 {
+        cache::fill(p, flow, way::STACK);
+    }
+    Ok(NEXT)
 }
 
 #[inline(always)]
@@ -197,7 +262,7 @@ fn transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> i32 {
 
 #[inline(always)]
 fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
-    if skb.has_vlan() || p.l3 != ETHERNET_BYTES {
+    if is_tagged(skb, p) {
         // The frame belongs to the VLAN device on top, where it comes by again without its tag.
         return Ok(NEXT);
     }
@@ -207,11 +272,7 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         *error = icmp::Error::TIME_EXCEEDED;
         return Ok(ANSWER);
     }
-    let wire_bytes = match skb.gso_size() {
-        0 => p.ip_bytes,
-        payload => (p.l4 - p.l3) + p.l4_bytes as u32 + payload,
-    };
-    let code = forward::route(skb.ctx(), p, &flow.src, &flow.dst, wire_bytes as u16, fib);
+    let code = forward::route(skb.ctx(), p, &flow.src, &flow.dst, wire_bytes(skb, p) as u16, fib);
     match code {
         forward::result::SUCCESS | forward::result::NO_NEIGH => {}
         forward::result::FRAG_NEEDED => {
@@ -222,7 +283,30 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         _ => return Err(Counter::DropNoRoute),
     }
     translate(skb, p, flow, p.ttl - 1)?;
+    // The packets that follow leave with the MAC addresses that were found. Once a second they come by here, where the kernel
+    // sends, and so finds out whether the neighbour is still there.
+    if globals::flow_cache_slots() != 0
+        && code == forward::result::SUCCESS
+        && flow.flags & flags::GONE == 0
+        && forward::is_ethernet(fib.ifindex)
+    {
+        cache::fill(p, flow, way::ROUTED);
+    }
     leave(fib, via)
+}
+
+#[inline(always)]
+fn is_tagged<A: Family>(skb: Skb, p: &Packet<A>) -> bool {
+    skb.has_vlan() || p.l3 != ETHERNET_BYTES
+}
+
+/// Length from the IP header on of the longest packet that goes over the wire.
+#[inline(always)]
+fn wire_bytes<A: Family>(skb: Skb, p: &Packet<A>) -> u32 {
+    match skb.gso_size() {
+        0 => p.ip_bytes,
+        payload => (p.l4 - p.l3) + p.l4_bytes as u32 + payload,
+    }
 }
 
 /// Out by the device that the routing table named. The kernel finds the neighbour, or makes an entry for it, and keeps

@@ -16,14 +16,14 @@ use lb_common::{
     checksum::{self, Sum},
     conntrack::{Flow, flags, tcp},
     device,
-    flow_cache::CachedFlow,
+    flow_cache::{CachedFlow, hook, way},
     proto,
     tuple::Tuple,
     verdict::Counter,
 };
 
 use crate::{
-    cache::{self, Place, Way},
+    cache::{self, Place},
     conntrack, forward,
     lookup::{self, Found, Hook},
     maps, metrics,
@@ -203,8 +203,8 @@ fn on_frame<A: Wire>(ctx: *mut xdp_md) -> u32 {
         return xdp_action::XDP_PASS;
     }
     p.now = conntrack::now();
-    *place = Place::of(p);
-    if let Some(cached) = cache::find(p, *place)
+    *place = Place::of(p, hook::XDP);
+    if let Some(cached) = cache::find(p, place)
         && let Some(action) = send_cached(frame, p, cached)
     {
         return action;
@@ -224,14 +224,19 @@ fn long_way6(ctx: *mut xdp_md) -> u32 {
 
 #[inline(always)]
 fn by_tables<A: Wire>(frame: Frame) -> u32 {
-    let Some(Scratch { packet: p, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
+    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
+    place.before_tables();
     p.addressee.kind = Addressee::ASK_MAC;
     let Some(mac) = frame.read::<[u16; 3]>(0) else { return xdp_action::XDP_PASS };
     p.addressee.mac = bytemuck::cast(mac);
     match lookup::ingress(frame.ctx, p, Hook::Xdp) {
         // SAFETY: see `Found::Flow`.
         Found::Flow(flow) => send_on(frame, p, unsafe { &*flow }).unwrap_or(xdp_action::XDP_PASS),
-        Found::Nothing => xdp_action::XDP_PASS,
+        Found::Nothing => {
+            cache::fill_nothing(p);
+            xdp_action::XDP_PASS
+        }
+        Found::NotOurs => xdp_action::XDP_PASS,
         // The classifier refuses it the same way, and can tell the sender.
         Found::Refused(_) => left_to_tc(),
     }
@@ -267,8 +272,11 @@ fn parse<A: Wire>(frame: Frame, p: &mut Packet<A>) -> bool {
 /// The short way. `None` before anything is changed if the packet needs the long one.
 #[inline(always)]
 fn send_cached<A: Wire>(frame: Frame, p: &Packet<A>, cached: &CachedFlow<A>) -> Option<u32> {
+    if cached.way == way::NOTHING {
+        return Some(xdp_action::XDP_PASS);
+    }
     let hop = &cached.next_hop;
-    let leaves = hop.ifindex != 0;
+    let leaves = cached.way == way::ROUTED;
     if leaves && (p.ttl <= 1 || p.ip_bytes > hop.mtu as u32) {
         return None;
     }
@@ -296,7 +304,7 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     let Scratch { fib, .. } = A::scratch()?;
     if flow.flags & flags::TRANSIT == 0 {
         translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl)?;
-        cache::fill(p, flow, Way::Stack);
+        cache::fill(p, flow, way::STACK);
         return Some(xdp_action::XDP_PASS);
     }
     if p.ttl <= 1 {
@@ -311,7 +319,7 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     }
     translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl - 1)?;
     frame.write_macs(&forward::macs(fib))?;
-    cache::fill(p, flow, Way::Routed);
+    cache::fill(p, flow, way::ROUTED);
     Some(leave(fib.ifindex, p.ifindex))
 }
 

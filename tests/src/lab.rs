@@ -2,6 +2,7 @@
 //! BPF_PROG_TEST_RUN.
 
 use std::{
+    cell::Cell,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd as _, OwnedFd},
     process::Command,
@@ -69,6 +70,8 @@ pub struct Lab {
     next_slot: u32,
     next_service: u32,
     next_backend: u32,
+    /// Packets may have been noted as nobody's business since the epochs were renewed.
+    has_run: Cell<bool>,
 }
 
 /// Constants to load the object with.
@@ -158,7 +161,7 @@ impl Lab {
         }
         let p: &mut Xdp = ebpf.program_mut(program::XDP).context("no such program")?.try_into()?;
         uninterrupted(|| p.load()).with_context(|| format!("load {}", program::XDP))?;
-        Ok(Self { ebpf, pod: Dev { ifindex: 1 }, next_slot: 0, next_service: 1, next_backend: 1 })
+        Ok(Self { ebpf, pod: Dev { ifindex: 1 }, next_slot: 0, next_service: 1, next_backend: 1, has_run: Cell::new(false) })
     }
 
     fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
@@ -249,6 +252,18 @@ impl Lab {
 
     /// A frontend that names a record.
     pub fn frontend(&mut self, addr: (IpAddr, u16), proto: u8, service: u32, flags: u32) -> Result<()> {
+        self.silent_frontend(addr, proto, service, flags)?;
+        if self.has_run.take() { self.renew_epochs() } else { Ok(()) }
+    }
+
+    /// The same behind the back of the programs' caches.
+    pub fn silent_frontend(
+        &mut self,
+        addr: (IpAddr, u16),
+        proto: u8,
+        service: u32,
+        flags: u32,
+    ) -> Result<()> {
         let value = FrontendValue { service, flags };
         let port = Be16::new(addr.1);
         match addr.0 {
@@ -294,7 +309,8 @@ impl Lab {
         let mut map = self.array::<ServiceCidrs<A>>(map);
         let mut all = map.get(&0, 0)?;
         all.ranges[index] = cidr;
-        Ok(map.set(0, all, 0)?)
+        map.set(0, all, 0)?;
+        if self.has_run.take() { self.renew_epochs() } else { Ok(()) }
     }
 
     /// A source range of a Service.
@@ -346,6 +362,7 @@ impl Lab {
 
     /// Runs a program on a frame that came in by `dev`; returns what it did and the frame after.
     pub fn run(&self, hook: Hook, dev: Dev, frame: &[u8]) -> Result<(Action, Vec<u8>)> {
+        self.has_run.set(true);
         let mut out = vec![0u8; frame.len() + 256];
         let mut options = TestRunOptions::new();
         options.data_in = Some(frame);
@@ -383,6 +400,7 @@ impl Lab {
 
     /// A descriptor of the program at a hook, for what runs it in another way.
     pub fn program_fd(&self, hook: Hook) -> Result<OwnedFd> {
+        self.has_run.set(true);
         let name = match hook {
             Hook::Ingress => program::TC_INGRESS,
             Hook::Egress => program::TC_EGRESS,
@@ -466,7 +484,7 @@ impl Lab {
     /// What the agent does when a flow or a way out has changed.
     pub fn renew_epochs(&mut self) -> Result<()> {
         let mut epochs = self.array::<u64>(name::FLOW_EPOCHS);
-        (0..flow_cache::EPOCHS).try_for_each(|i| {
+        (0..flow_cache::ALL_EPOCHS).try_for_each(|i| {
             let next = epochs.get(&i, 0)? + 1;
             Ok(epochs.set(i, next, 0)?)
         })

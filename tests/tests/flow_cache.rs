@@ -1,9 +1,9 @@
-//! What XDP remembers about flows for a second: nothing that it does differs from what the tables say. Needs root.
+//! What the programs remember about flows for a second: nothing that it does differs from what the tables say. Needs root.
 
-use std::{net::IpAddr, thread::sleep, time::Duration};
+use std::{net::IpAddr, process::Command, thread::sleep, time::Duration};
 
-use anyhow::{Result, ensure};
-use lb_common::conntrack::flags;
+use anyhow::{Context as _, Result, ensure};
+use lb_common::{conntrack::flags, proto};
 use lb_tests::{
     frame::Frame,
     lab::{Action, Dev, Hook, Lab, OneCpu, Options, ip},
@@ -34,39 +34,108 @@ fn requests(n: Net, port: u16) -> [Frame; 2] {
 
 /// Opens a flow and has it noted.
 fn open(lab: &Lab, ext: Dev, frame: &[u8]) -> Result<Vec<u8>> {
-    lab.run(Hook::Xdp, ext, frame)?;
+    open_at(Hook::Xdp, lab, ext, frame)
+}
+
+fn open_at(hook: Hook, lab: &Lab, ext: Dev, frame: &[u8]) -> Result<Vec<u8>> {
+    lab.run(hook, ext, frame)?;
     sleep(TICKS);
-    Ok(lab.run(Hook::Xdp, ext, frame)?.1)
+    Ok(lab.run(hook, ext, frame)?.1)
 }
 
 /// Whether the next packet was translated as before without the table.
-fn is_cached(lab: &mut Lab, ext: Dev, frame: &[u8], translated: &[u8]) -> Result<bool> {
+fn is_cached(hook: Hook, lab: &mut Lab, ext: Dev, frame: &[u8], translated: &[u8]) -> Result<bool> {
     lab.forget_flows()?;
-    let (action, out) = lab.run(Hook::Xdp, ext, frame)?;
+    let (action, out) = lab.run(hook, ext, frame)?;
     ensure!(action == Action::Pass, "{action:?}");
     assert_frame("the same backend", &out, translated);
     Ok(lab.flow_entries() == 0)
 }
 
+/// More packets than it takes until those that are none of ours are noted.
+const ENOUGH: usize = 10;
+
 #[test]
 fn flows_are_cached_until_their_epoch_or_their_second_ends() -> Result<()> {
-    for n in nets() {
+    for (hook, n) in [Hook::Xdp, Hook::Ingress].into_iter().flat_map(|hook| nets().map(|n| (hook, n))) {
         for frame in requests(n, 40_000) {
             let frame = frame.bytes();
             let (mut lab, ext, _cpu) = lab(1024)?;
             one_backend(&mut lab, n, (n.pod, 8080), true)?;
-            let translated = open(&lab, ext, &frame)?;
-            ensure!(is_cached(&mut lab, ext, &frame, &translated)?, "not cached");
+            let translated = open_at(hook, &lab, ext, &frame)?;
+            ensure!(is_cached(hook, &mut lab, ext, &frame, &translated)?, "not cached");
             lab.renew_epochs()?;
-            ensure!(!is_cached(&mut lab, ext, &frame, &translated)?, "cached beyond its epoch");
-            let translated = open(&lab, ext, &frame)?;
-            ensure!(is_cached(&mut lab, ext, &frame, &translated)?, "not cached again");
+            ensure!(!is_cached(hook, &mut lab, ext, &frame, &translated)?, "cached beyond its epoch");
+            let translated = open_at(hook, &lab, ext, &frame)?;
+            ensure!(is_cached(hook, &mut lab, ext, &frame, &translated)?, "not cached again");
 
             let (mut lab, ext, _cpu) = lab_with_second(1024, SHORT)?;
             one_backend(&mut lab, n, (n.pod, 8080), true)?;
-            let translated = open(&lab, ext, &frame)?;
+            let translated = open_at(hook, &lab, ext, &frame)?;
             sleep(TICKS);
-            ensure!(!is_cached(&mut lab, ext, &frame, &translated)?, "cached beyond its second");
+            ensure!(!is_cached(hook, &mut lab, ext, &frame, &translated)?, "cached beyond its second");
+        }
+    }
+    Ok(())
+}
+
+/// Answers that leave are translated as their flow was noted.
+#[test]
+fn answers_are_cached_where_they_leave() -> Result<()> {
+    for n in nets() {
+        let (mut lab, ext, _cpu) = lab(1024)?;
+        one_backend(&mut lab, n, (n.pod, 8080), true)?;
+        for request in requests(n, 40_000) {
+            lab.run(Hook::Ingress, ext, &request.bytes())?;
+            let answer = request.between((n.pod, 8080), (n.client, 40_000)).bytes();
+            let translated = open_at(Hook::Egress, &lab, ext, &answer)?;
+            assert_ne!(translated, answer);
+            ensure!(is_cached(Hook::Egress, &mut lab, ext, &answer, &translated)?, "not cached");
+            lab.renew_epochs()?;
+            assert_eq!(lab.run(Hook::Egress, ext, &answer)?, (Action::Pass, answer), "no flow any more");
+        }
+    }
+    Ok(())
+}
+
+/// Packets that are none of ours are noted until the agent has added something.
+#[test]
+fn nothing_is_noted_until_the_agent_adds_frontends() -> Result<()> {
+    for hook in [Hook::Xdp, Hook::Ingress] {
+        let (mut lab, ext, _cpu) = lab(1024)?;
+        for (n, request) in nets().into_iter().flat_map(|n| requests(n, 40_000).map(|r| (n, r))) {
+            let frame = request.bytes();
+            let pass = |lab: &Lab| -> Result<bool> { Ok(lab.run(hook, ext, &frame)?.1 == frame) };
+            for _ in 0..ENOUGH {
+                ensure!(pass(&lab)?, "none of ours");
+            }
+            let id = lab.backend((n.pod, 8080), true)?;
+            let service = lab.service(&[id], &[id])?;
+            let proto = if request.l4 == lb_tests::frame::L4::Udp { proto::UDP } else { proto::TCP };
+            lab.silent_frontend((n.vip, 80), proto, service, 0)?;
+            ensure!(pass(&lab)?, "not noted");
+            lab.renew_epochs()?;
+            ensure!(!pass(&lab)?, "noted beyond its epoch");
+        }
+    }
+    Ok(())
+}
+
+/// A client asks a pod itself, and then from the same port a Service with that pod behind it: the answers have one tuple.
+#[test]
+fn a_flow_ends_what_was_noted_about_the_tuple_of_its_answers() -> Result<()> {
+    for n in nets() {
+        let (mut lab, ext, _cpu) = lab(1024)?;
+        one_backend(&mut lab, n, (n.pod, 8080), true)?;
+        for request in requests(n, 40_000) {
+            let answer = request.between((n.pod, 8080), (n.client, 40_000)).bytes();
+            for _ in 0..ENOUGH {
+                assert_eq!(lab.run(Hook::Egress, ext, &answer)?.1, answer, "none of ours");
+            }
+            lab.run(Hook::Ingress, ext, &request.bytes())?;
+            let (action, out) = lab.run(Hook::Egress, ext, &answer)?;
+            assert_eq!(action, Action::Pass);
+            assert_frame("from the Service", &out, &request.between((n.vip, 80), (n.client, 40_000)).bytes());
         }
     }
     Ok(())
@@ -78,38 +147,53 @@ fn without_slots_nothing_is_cached() -> Result<()> {
     let n = nets()[0];
     one_backend(&mut lab, n, (n.pod, 8080), true)?;
     let frame = udp((n.client, 40_000), (n.vip, 80)).bytes();
-    let translated = open(&lab, ext, &frame)?;
-    ensure!(!is_cached(&mut lab, ext, &frame, &translated)?);
+    for hook in [Hook::Xdp, Hook::Ingress] {
+        let translated = open_at(hook, &lab, ext, &frame)?;
+        ensure!(!is_cached(hook, &mut lab, ext, &frame, &translated)?);
+    }
     Ok(())
 }
 
 /// What goes out, by the tables alone and with caches large and tiny, where flows share slots.
 #[test]
 fn caches_change_nothing_about_any_packet() -> Result<()> {
-    fn all(flow_cache: u32) -> Result<Vec<(Action, Vec<u8>)>> {
+    fn all(hook: Hook, flow_cache: u32) -> Result<Vec<(Action, Vec<u8>)>> {
         let (mut lab, ext, _cpu) = lab(flow_cache)?;
         for n in nets() {
             one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
             let local = lab.backend((n.pod, 9000), true)?;
             let service = lab.service(&[local], &[local])?;
-            lab.frontend((n.vip, 81), lb_common::proto::UDP, service, 0)?;
+            lab.frontend((n.vip, 81), proto::UDP, service, 0)?;
         }
         let mut seen = Vec::new();
         for round in 0..4u8 {
+            let filled = |frame: Frame, bytes| frame.with(|f| f.payload = vec![round; bytes]).bytes();
             for n in nets() {
                 for port in 0..24 {
-                    for request in requests(n, 40_000 + port) {
-                        let (action, out) = lab.run(Hook::Xdp, ext, &request.bytes())?;
-                        let reply = answer(&request, n, &out).with(|f| f.payload = vec![round; 10]);
+                    let client = (n.client, 40_000 + port);
+                    for request in requests(n, client.1) {
+                        let (action, out) = lab.run(hook, ext, &request.bytes())?;
+                        let reply = filled(answer(&request, n, &out), 10);
                         seen.push((action, out));
-                        seen.push(lab.run(Hook::Xdp, ext, &reply.bytes())?);
+                        seen.push(lab.run(hook, ext, &reply)?);
                     }
-                    let local =
-                        udp((n.client, 40_000 + port), (n.vip, 81)).with(|f| f.payload = vec![round; 33]);
-                    seen.push(lab.run(Hook::Xdp, ext, &local.bytes())?);
+                    seen.push(lab.run(hook, ext, &filled(udp(client, (n.vip, 81)), 33))?);
+                    // At egress with a cache for tc: the answer to it; and what is none of ours, at all hooks.
+                    let answer = filled(udp((n.pod, 9000), client), 21);
+                    let others = [udp(client, (n.pod, 7)), tcp(ACK, client, (n.remote_pod, 7))];
+                    for at in [hook, Hook::Egress] {
+                        seen.push(lab.run(at, ext, &answer)?);
+                        for other in &others {
+                            seen.push(lab.run(at, ext, &filled(other.clone(), 12))?);
+                        }
+                    }
                 }
             }
             sleep(TICKS);
+        }
+        // The kernel writes the MAC addresses of what it is told to send, the cache those of what it sends itself.
+        if hook != Hook::Xdp {
+            seen.iter_mut().filter(|(action, _)| *action == Action::Redirect).for_each(|(_, f)| f[..12].fill(0));
         }
         Ok(seen)
     }
@@ -123,12 +207,38 @@ fn caches_change_nothing_about_any_packet() -> Result<()> {
             _ => tcp(ACK, ends[0], ends[1]),
         }
     }
-    let plain = all(0)?;
-    ensure!(plain.iter().any(|(action, _)| *action == Action::Tx));
-    for flow_cache in [1024, 16] {
-        for (i, (with, without)) in all(flow_cache)?.iter().zip(&plain).enumerate() {
-            assert_eq!(with.0, without.0, "packet {i} with {flow_cache} slots");
-            assert_frame(&format!("packet {i} with {flow_cache} slots"), &with.1, &without.1);
+    for (hook, sent) in [(Hook::Xdp, Action::Tx), (Hook::Ingress, Action::Redirect)] {
+        let plain = all(hook, 0)?;
+        ensure!(plain.iter().any(|(action, _)| *action == sent));
+        for flow_cache in [1024, 16] {
+            let cached = all(hook, flow_cache)?;
+            assert_eq!(cached.len(), plain.len());
+            for (i, (with, without)) in cached.iter().zip(&plain).enumerate() {
+                assert_eq!(with.0, without.0, "{hook:?}: packet {i} with {flow_cache} slots");
+                assert_frame(&format!("{hook:?}: packet {i} with {flow_cache} slots"), &with.1, &without.1);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The classifier writes the MAC addresses that the neighbour and the device have.
+#[test]
+fn noted_packets_leave_for_the_router() -> Result<()> {
+    for n in nets() {
+        let (mut lab, ext, _cpu) = lab(1024)?;
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        let link = Command::new("ip").args(["-o", "link", "show", "ext0"]).output()?;
+        let link = String::from_utf8(link.stdout)?;
+        let own = link.split("link/ether ").nth(1).and_then(|rest| rest.get(..17)).context("no address")?;
+        let own: Vec<u8> = own.split(':').map(|b| u8::from_str_radix(b, 16)).collect::<Result<_, _>>()?;
+        for request in requests(n, 40_000) {
+            let frame = request.bytes();
+            open_at(Hook::Ingress, &lab, ext, &frame)?;
+            let (action, out) = lab.run(Hook::Ingress, ext, &frame)?;
+            assert_eq!(action, Action::Redirect);
+            // As `packets::external` makes the router.
+            assert_eq!(out[..12], [&[2, 0, 0, 0, 0, 0xee][..], &own].concat());
         }
     }
     Ok(())
@@ -185,6 +295,14 @@ fn cached_ways_out_have_an_mtu_and_end_with_the_ttl() -> Result<()> {
             udp((n.client, 40_000), (n.vip, 80)).with(|f| (f.ttl, f.payload) = (ttl, vec![7; bytes])).bytes()
         };
         let header = if n.vip.is_ipv6() { 48 } else { 28 };
+        open_at(Hook::Ingress, &lab, ext, &request(64, 10))?;
+        let at_tc = |frame: &[u8]| lab.run(Hook::Ingress, ext, frame);
+        assert_eq!(at_tc(&request(64, 1400 - header))?.0, Action::Redirect);
+        for refused in [request(64, 1401 - header), request(1, 10)] {
+            let (action, out) = at_tc(&refused)?;
+            // An ICMP error goes back to who sent it.
+            assert_eq!((action, &out[..6]), (Action::Redirect, &refused[6..12]), "{n:?}");
+        }
         open(&lab, ext, &request(64, 10))?;
         let run = |frame: &[u8]| lab.run(Hook::Xdp, ext, frame);
         assert_eq!(run(&request(64, 1400 - header))?.0, Action::Tx);

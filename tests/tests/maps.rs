@@ -567,14 +567,18 @@ fn epochs_are_renewed_with_what_they_stand_for() -> Result<()> {
     };
     let Pair { forward: (key, flow), .. } = pair(0x0a00_0001, proto::UDP, 1000, 0, true);
     let own = vec![flow_cache::epoch_index(flow_cache::hash(&key)) as usize];
+    let nothing = vec![flow_cache::nothing_epoch_index(flow_cache::hash(&key)) as usize];
     let start = epochs()?;
     flows.v4.put(&key, &flow)?;
+    let put = epochs()?;
+    assert_eq!(changed(&start, &put), nothing, "packets of this tuple may have been none of ours");
     ensure!(flows.v4.delete_silent(&key)?);
-    assert_eq!(epochs()?, start, "new flows and silent ones are in no cache");
+    assert_eq!(epochs()?, put, "silent ones are in no cache");
     flows.v4.put(&key, &flow)?;
+    let put = epochs()?;
     ensure!(flows.v4.replace(&key, &flow)?);
     let replaced = epochs()?;
-    assert_eq!(changed(&start, &replaced), own);
+    assert_eq!(changed(&put, &replaced), own);
     ensure!(flows.v4.delete(&key)?);
     let deleted = epochs()?;
     assert_eq!(changed(&replaced, &deleted), own);
@@ -582,7 +586,18 @@ fn epochs_are_renewed_with_what_they_stand_for() -> Result<()> {
     let put = epochs()?;
     assert_eq!(changed(&deleted, &put).len(), put.len());
     devices.next_hops_changed();
-    assert_eq!(changed(&put, &epochs()?).len(), put.len());
+    let all = epochs()?;
+    assert_eq!(changed(&put, &all).len(), put.len());
+    let mut maps = Maps::open(&state.maps())?;
+    let of_nothing: Vec<usize> = (put.len() / 2..put.len()).collect();
+    maps.apply(&[MapOp::PutAddress { addr: [10, 96, 0, 1].into(), kind: 0 }])?;
+    let added = epochs()?;
+    assert_eq!(changed(&all, &added), of_nothing, "packets may have become ours");
+    maps.apply(&[MapOp::SwitchCidr { family: Family::V4, index: 0, flags: 1 }])?;
+    let switched = epochs()?;
+    assert_eq!(changed(&added, &switched), of_nothing);
+    maps.apply(&[MapOp::DeleteAddress { addr: [10, 96, 0, 1].into() }])?;
+    assert_eq!(epochs()?, switched);
     Ok(())
 }
 

@@ -136,6 +136,7 @@ impl Maps {
             Some(Kind::PutFrontend) => {
                 applied.add(name::FRONTENDS4, "written", self.frontends4.put_all(&p.keys4, &p.values4));
                 applied.add(name::FRONTENDS6, "written", self.frontends6.put_all(&p.keys6, &p.values6));
+                self.epochs.renew_all_nothing();
             }
             Some(Kind::DeleteFrontend) => {
                 applied.add(name::FRONTENDS4, "deleted", self.frontends4.delete_all(&p.keys4));
@@ -185,7 +186,10 @@ impl Maps {
                 self.backends6.store(*id, &RawBackend::default())?
             }
             MapOp::WriteCidr { index, net } => self.write_cidr(*index, net)?,
-            MapOp::SwitchCidr { family, index, flags } => self.switch_cidr(*family, *index, *flags)?,
+            MapOp::SwitchCidr { family, index, flags } => {
+                self.switch_cidr(*family, *index, *flags)?;
+                self.epochs.renew_all_nothing();
+            }
             // Batches: see `Kind::of`.
             MapOp::NameService { .. }
             | MapOp::PutFrontend { .. }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use lb_common::{
     Addr,
-    flow_cache::{EPOCHS, epoch_index, hash},
+    flow_cache::{ALL_EPOCHS, EPOCHS, epoch_index, hash, nothing_epoch_index},
     maps::name,
     tuple::Tuple,
 };
@@ -26,10 +26,21 @@ impl FlowEpochs {
         self.0.set(epoch_index(hash(key)), now_ns());
     }
 
+    /// To be called after an entry of this tuple was made.
+    pub fn renew_nothing<A: Addr>(&self, key: &Tuple<A>) {
+        self.0.set(nothing_epoch_index(hash(key)), now_ns());
+    }
+
     /// To be called after something changed that any flow may depend on.
     pub fn renew_all(&self) {
         let now = now_ns();
-        (0..EPOCHS).for_each(|index| self.0.set(index, now));
+        (0..ALL_EPOCHS).for_each(|index| self.0.set(index, now));
+    }
+
+    /// To be called after packets may have become ours that were not.
+    pub fn renew_all_nothing(&self) {
+        let now = now_ns();
+        (EPOCHS..ALL_EPOCHS).for_each(|index| self.0.set(index, now));
     }
 }
 

@@ -31,6 +31,13 @@ where
         Ok(Self { table: Table::open(dir, name, &[MapType::Hash])?, epochs: epochs.clone() })
     }
 
+    /// Writes an entry.
+    pub fn put(&self, key: &Tuple<A>, flow: &Flow<A>) -> io::Result<()> {
+        self.table.put(key, flow)?;
+        self.epochs.renew_nothing(key);
+        Ok(())
+    }
+
     /// Deletes an entry; false if there was none.
     pub fn delete(&self, key: &Tuple<A>) -> io::Result<bool> {
         let was_there = self.table.delete(key)?;
