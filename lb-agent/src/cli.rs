@@ -218,7 +218,7 @@ pub struct RunArgs {
     /// Flows that fit, per family [default: 1000000]
     #[arg(long, env = "LB_MAX_FLOWS", value_name = "N", help_heading = "Sizes of maps")]
     pub max_flows: Option<String>,
-    /// Slots of the caches that XDP has of flows, all CPUs together; 64 bytes each for IPv4, and a quarter as many of 128 for
+    /// Slots of the caches that XDP and tc have of flows, all CPUs together; 64 bytes each for IPv4, and a quarter as many of 128 for
     /// IPv6; 0 for none [default: 524288]
     #[arg(long, env = "LB_FLOW_CACHE", value_name = "N", help_heading = "Sizes of maps")]
     pub flow_cache: Option<String>,

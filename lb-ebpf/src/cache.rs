@@ -79,11 +79,8 @@ pub fn find<A: Net>(p: &Packet<A>, place: &Place) -> Option<&'static CachedFlow<
     }
     // SAFETY: as above.
     let cached = unsafe { &*cached };
-    let current = if cached.way == way::NOTHING {
-        epoch(nothing_epoch_index(place.hash))?
-    } else {
-        place.epoch
-    };
+    let current =
+        if cached.way == way::NOTHING { epoch(nothing_epoch_index(place.hash))? } else { place.epoch };
     let is_current = cached.epoch == current
         && !is_stale(cached.stamped, p.now, globals::jiffies_per_s())
         && news(p) & !tcp::ACK == 0;

@@ -7,6 +7,7 @@ mod conntrack;
 mod echo;
 mod forward;
 mod fragments;
+mod frame;
 mod globals;
 mod icmp;
 mod lookup;

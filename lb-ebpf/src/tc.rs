@@ -6,6 +6,7 @@ use lb_common::{
     V4, V6,
     conntrack::{Flow, flags},
     flow_cache::{CachedFlow, hook, way},
+    proto,
     verdict::Counter,
 };
 
@@ -13,7 +14,9 @@ use crate::{
     cache::{self, Place},
     conntrack, echo,
     forward::{self, Fib, NextHop},
-    fragments, globals, icmp,
+    fragments,
+    frame::{self, Frame, Plain},
+    globals, icmp,
     lookup::{self, Found, Hook},
     metrics,
     net::{Packet, Scratch},
@@ -37,7 +40,7 @@ const LONG_WAY: i32 = i32::MIN + 1;
 pub type Outcome = Result<i32, Counter>;
 
 /// All that the classifiers need of a family.
-pub trait Family: Parse + Header + icmp::Build + Printed {}
+pub trait Family: Parse + Plain + Header + icmp::Build + Printed {}
 impl Family for V4 {}
 impl Family for V6 {}
 
@@ -91,6 +94,10 @@ pub fn action(outcome: Outcome) -> i32 {
 
 #[inline(always)]
 fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
+    match noted::<A>(skb, l3, hook::INGRESS) {
+        LONG_WAY => {}
+        code => return Ok(code),
+    }
     let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
     match parse(skb, l3, p) {
         Parsed::Packet if p.is_first_fragment() => {
@@ -107,10 +114,6 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
             code => return Ok(code),
         },
         Parsed::Other => return Ok(NEXT),
-    }
-    match noted(skb, p, hook::INGRESS) {
-        LONG_WAY => {}
-        code => return Ok(code),
     }
     match lookup::ingress(skb.ctx(), p, Hook::Classifier) {
         Found::Nothing => {
@@ -136,6 +139,10 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
 
 #[inline(always)]
 fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
+    match noted::<A>(skb, l3, hook::EGRESS) {
+        LONG_WAY => {}
+        code => return Ok(code),
+    }
     let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
     match parse(skb, l3, p) {
         Parsed::Packet => {}
@@ -146,10 +153,6 @@ fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
             metrics::count(Counter::PassFragmentUnknown);
             return Ok(NEXT);
         }
-    }
-    match noted(skb, p, hook::EGRESS) {
-        LONG_WAY => {}
-        code => return Ok(code),
     }
     match lookup::egress(p) {
         Some(flow) => {
@@ -168,9 +171,13 @@ fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
 
 /// What this CPU has noted about the packet's flow, done; [`LONG_WAY`] if there is more to it.
 #[inline(always)]
-fn noted<A: Family>(skb: Skb, p: &Packet<A>, hook: u8) -> i32 {
-    let Some(Scratch { place, .. }) = A::scratch() else { return LONG_WAY };
-    *place = if p.is_fragment { Place::NOWHERE } else { Place::of(p, hook) };
+fn noted<A: Family>(skb: Skb, l3: u32, hook: u8) -> i32 {
+    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return LONG_WAY };
+    *place = Place::NOWHERE;
+    if globals::flow_cache_slots() == 0 || l3 != ETHERNET_BYTES || !read_plain(skb, p) {
+        return LONG_WAY;
+    }
+    *place = Place::of(p, hook);
     let code = match cache::find(p, place) {
         None => LONG_WAY,
         Some(cached) if cached.way == way::NOTHING => NEXT,
@@ -180,6 +187,26 @@ fn noted<A: Family>(skb: Skb, p: &Packet<A>, hook: u8) -> i32 {
         place.before_tables();
     }
     code
+}
+
+/// Fills `p` so far as the short way needs it. False if the packet is not plain.
+#[inline(always)]
+fn read_plain<A: Family>(skb: Skb, p: &mut Packet<A>) -> bool {
+    let frame = Frame::of_skb(skb);
+    if !frame::parse(frame, p) {
+        return false;
+    }
+    p.l3 = ETHERNET_BYTES;
+    p.l4 = A::L4 as u32;
+    p.l4_bytes = 8;
+    if p.tuple.proto == proto::TCP {
+        let Some(offset) = frame.read::<u8>(A::L4 + 12) else { return false };
+        p.l4_bytes = (offset >> 4) << 2;
+    }
+    p.is_fragment = false;
+    p.is_later_fragment = false;
+    p.now = conntrack::now();
+    true
 }
 
 /// Not inlined, for the stack's sake.

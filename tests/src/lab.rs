@@ -161,7 +161,14 @@ impl Lab {
         }
         let p: &mut Xdp = ebpf.program_mut(program::XDP).context("no such program")?.try_into()?;
         uninterrupted(|| p.load()).with_context(|| format!("load {}", program::XDP))?;
-        Ok(Self { ebpf, pod: Dev { ifindex: 1 }, next_slot: 0, next_service: 1, next_backend: 1, has_run: Cell::new(false) })
+        Ok(Self {
+            ebpf,
+            pod: Dev { ifindex: 1 },
+            next_slot: 0,
+            next_service: 1,
+            next_backend: 1,
+            has_run: Cell::new(false),
+        })
     }
 
     fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {

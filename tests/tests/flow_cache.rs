@@ -193,7 +193,9 @@ fn caches_change_nothing_about_any_packet() -> Result<()> {
         }
         // The kernel writes the MAC addresses of what it is told to send, the cache those of what it sends itself.
         if hook != Hook::Xdp {
-            seen.iter_mut().filter(|(action, _)| *action == Action::Redirect).for_each(|(_, f)| f[..12].fill(0));
+            seen.iter_mut()
+                .filter(|(action, _)| *action == Action::Redirect)
+                .for_each(|(_, f)| f[..12].fill(0));
         }
         Ok(seen)
     }

@@ -94,10 +94,12 @@ impl Counted {
             self.run(*hook, feed)?;
         }
         if case.role != Role::New {
-            // Flows are cached from a later tick on than their first packet's.
+            // Flows are cached from a later tick on than their first packet's, and of what is none of ours one packet in eight.
             self.run(case.hook, &case.feed)?;
             thread::sleep(TICKS);
-            self.run(case.hook, &case.feed)?;
+            for _ in 0..8 {
+                self.run(case.hook, &case.feed)?;
+            }
         }
         self.run(case.hook, &case.feed)
     }
@@ -125,7 +127,7 @@ pub fn all(world: &mut World) -> Result<Vec<Path>> {
                     helper_calls: calls.iter().sum(),
                 };
                 paths.push(path(what.clone(), calls));
-                if case.hook == Hook::Xdp && case.role != Role::New {
+                if case.role != Role::New {
                     world.lab.renew_epochs()?;
                     let by_tables = counted.run(case.hook, &case.feed)?;
                     paths.push(path(what + ", not cached", by_tables));

@@ -1,0 +1,154 @@
+//! Plain frames, read in place: no VLAN tags, options, extension headers or fragments. What most packets are, and all that XDP
+//! and the caches are about; `parse` knows the rest.
+
+use core::ffi::c_void;
+
+use aya_ebpf::bindings::xdp_md;
+use lb_common::{Be16, Be32, V4, V6, conntrack::tcp, proto, tuple::Tuple};
+
+use crate::{
+    net::{Net, Packet},
+    parse::{ETHERNET_BYTES, Ipv4Header},
+    skb::Skb,
+};
+
+/// A frame between its two pointers. Nothing in XDP moves the data while this program runs.
+#[derive(Clone, Copy)]
+pub struct Frame {
+    data: usize,
+    end: usize,
+    pub ctx: *mut c_void,
+}
+
+/// Offset of the IP header: frames with a VLAN tag are left alone.
+pub const L3: usize = ETHERNET_BYTES as usize;
+
+/// Something in a frame: an Ethernet header has 14 bytes, so what follows is at even addresses only. Tells the compiler
+/// to load halfwords instead of bytes.
+#[repr(C, packed(2))]
+pub struct Even<T>(pub T);
+
+impl Frame {
+    #[inline(always)]
+    pub fn of(ctx: *mut xdp_md) -> Self {
+        // SAFETY: the context of the running program.
+        let (data, end) = unsafe { ((*ctx).data as usize, (*ctx).data_end as usize) };
+        Self { data, end, ctx: ctx.cast() }
+    }
+
+    /// What of an skb lies in one piece: its headers, mostly. Not to be used any more once a helper has changed the packet.
+    #[inline(always)]
+    pub fn of_skb(skb: Skb) -> Self {
+        // SAFETY: the context of the running program.
+        let (data, end) = unsafe { ((*skb.0).data as usize, (*skb.0).data_end as usize) };
+        Self { data, end, ctx: skb.ctx() }
+    }
+
+    /// A pointer to a `T` at `offset`, if the frame is that long.
+    #[inline(always)]
+    pub fn at<T>(self, offset: usize) -> Option<*mut Even<T>> {
+        let start = self.data + offset;
+        if start + size_of::<T>() > self.end { None } else { Some(start as *mut Even<T>) }
+    }
+
+    #[inline(always)]
+    pub fn read<T: Copy>(self, offset: usize) -> Option<T> {
+        // SAFETY: inside the frame, by the check in `at`.
+        self.at::<T>(offset).map(|p| unsafe { (*p).0 })
+    }
+
+    /// The eight words of an IPv6 header's addresses, one by one: copied as a whole they would become a call.
+    #[inline(always)]
+    pub fn addresses6(self) -> Option<*mut Even<Be32>> {
+        self.at::<[V6; 2]>(L3 + 8).map(|p| p.cast())
+    }
+
+    /// The Ethernet header's addresses, one halfword after the other: as a whole they would become a call.
+    #[inline(always)]
+    pub fn write_macs(self, macs: &[u16; 6]) -> Option<()> {
+        let p: *mut u16 = self.at::<[u16; 6]>(0)?.cast();
+        for (i, half) in macs.iter().enumerate() {
+            // SAFETY: six halfwords lie inside the frame, by the check in `at`; they are at even addresses.
+            unsafe { *p.add(i) = *half };
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    pub fn write<T: Copy>(self, offset: usize, value: T) -> Option<()> {
+        let p = self.at::<T>(offset)?;
+        // SAFETY: as above.
+        unsafe { (*p).0 = value };
+        Some(())
+    }
+}
+
+/// A family's plain packets.
+pub trait Plain: Net {
+    /// Offset of the layer 4 header: no options, no extension headers.
+    const L4: usize = L3 + Self::HEADER_BYTES as usize;
+    /// Fills `p` up to the ports. False if the packet is not plain.
+    fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool;
+}
+
+impl Plain for V4 {
+    #[inline(always)]
+    fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool {
+        let Some(ip) = frame.read::<Ipv4Header>(L3) else { return false };
+        // 0x3fff: more fragments, or a fragment offset.
+        if ip.version_ihl != 0x45 || ip.fragment.get() & 0x3fff != 0 {
+            return false;
+        }
+        p.tuple = Tuple::new(ip.src, Be16::default(), ip.dst, Be16::default(), ip.proto);
+        p.ip_bytes = ip.total_bytes.get() as u32;
+        p.ttl = ip.ttl;
+        p.tos = ip.tos;
+        p.ip_check = ip.check;
+        true
+    }
+}
+
+impl Plain for V6 {
+    #[inline(always)]
+    fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool {
+        let Some(words) = frame.addresses6() else { return false };
+        for i in 0..4 {
+            // SAFETY: eight words lie inside the frame, by the check in `at`.
+            unsafe {
+                p.tuple.src[i] = (*words.add(i)).0;
+                p.tuple.dst[i] = (*words.add(4 + i)).0;
+            }
+        }
+        let Some(payload_bytes) = frame.read::<Be16>(L3 + 4) else { return false };
+        let Some([next, hop_limit]) = frame.read::<[u8; 2]>(L3 + 6) else { return false };
+        p.tuple.proto = next;
+        p.tuple._pad = 0;
+        p.tuple._pad2 = 0;
+        p.ip_bytes = payload_bytes.get() as u32 + Self::HEADER_BYTES;
+        p.ttl = hop_limit;
+        p.tos = 0;
+        true
+    }
+}
+
+/// Fills `p` with what the headers say. False if the packet is not plain.
+#[inline(always)]
+pub fn parse<A: Plain>(frame: Frame, p: &mut Packet<A>) -> bool {
+    if !A::read_header(frame, p) {
+        return false;
+    }
+    let Some([sport, dport]) = frame.read::<[Be16; 2]>(A::L4) else { return false };
+    p.tuple.sport = sport;
+    p.tuple.dport = dport;
+    p.tcp_flags = 0;
+    match p.tuple.proto {
+        proto::UDP => p.ip_bytes >= A::HEADER_BYTES + 8 && frame.at::<u16>(A::L4 + 6).is_some(),
+        proto::TCP => {
+            // The flags, and the last two bytes: the whole header is there, and not in the padding of a short frame.
+            let Some(seen) = frame.read::<u8>(A::L4 + 13) else { return false };
+            p.tcp_flags = seen & (tcp::SYN | tcp::ACK | tcp::FIN | tcp::RST);
+            p.ip_bytes >= A::HEADER_BYTES + 20 && frame.at::<u16>(A::L4 + 18).is_some()
+        }
+        _ => false,
+    }
+}
