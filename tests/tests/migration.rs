@@ -15,6 +15,12 @@ use lb_agent::{
     },
 };
 use lb_common::{V4, conntrack::Flow, frontend::ServiceRecord, maps::name, tuple::Tuple};
+use lb_tests::{
+    cluster::{Cluster, Layout, Options},
+    manifests::{Service, nodes},
+    place::Place,
+    traffic::{Call, Load, Proto},
+};
 use node::{Node, on_a_node};
 
 fn flows(node: &Node) -> Result<HashMap<MapData, Tuple<V4>, Flow<V4>>> {
@@ -134,4 +140,45 @@ fn a_migration_that_was_cut_off_is_completed() {
         ensure!(!old.exists());
         Ok(())
     });
+}
+
+/// Calls that are made one after the other, from outside and from a pod, to every address of the Service: each opens a flow
+/// and ends before the next. Nobody sends a datagram again, so one that is lost is a call that failed.
+fn calls_from_everywhere(cluster: &Cluster, service: &Service) -> Result<Vec<(String, Load)>> {
+    let mut loads = Vec::new();
+    let from: [&Place; 2] = [&cluster.client, cluster.pod("pod-1b")];
+    for (i, place) in from.into_iter().enumerate() {
+        for (k, (kind, to)) in service.frontends(cluster.node(1)).into_iter().enumerate() {
+            // Two processors have to do all this: half of the combinations, each family and kind with both.
+            let proto = if (i + k / 2 + k).is_multiple_of(2) { Proto::Udp } else { Proto::Tcp };
+            let what = format!("{} to {kind} {to}, {proto:?}", place.name);
+            loads.push((what, place.load(&Call::new(proto, to))?));
+        }
+    }
+    Ok(loads)
+}
+
+#[test]
+fn calls_during_migrations_of_the_flow_table_all_succeed() {
+    let mut cluster = Cluster::new(Options::new(Layout::PointToPoint)).unwrap();
+    cluster.manifests.write("nodes", &nodes(cluster.nodes.iter().map(|n| &n.place))).unwrap();
+    cluster.start_agents().unwrap();
+    let service = Service::on(&cluster, "resized", 70, &["pod-1a", "pod-2a"]);
+    cluster.serve(&service).unwrap();
+    let loads = calls_from_everywhere(&cluster, &service).unwrap();
+    for flows in [300_000, 500_000, 200_000, 400_000, 300_000, 500_000] {
+        cluster.agent(1).terminate().unwrap();
+        cluster.restart_agent(1, &[&format!("--max-flows={flows}")]).unwrap();
+    }
+    let mut lost = Vec::new();
+    for (what, load) in loads {
+        let calls = load.stop().unwrap();
+        assert!(calls.total() > 10, "{what}: hardly any traffic: {calls:?}");
+        println!("{what}: {} of {} failed: {:?}", calls.failed, calls.total(), calls.failures.first());
+        if calls.failed > 0 {
+            lost.push(format!("{what}: {calls:?}"));
+        }
+    }
+    assert!(lost.is_empty(), "{lost:#?}");
+    cluster.finish().unwrap();
 }
