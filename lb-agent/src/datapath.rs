@@ -8,6 +8,7 @@
 mod attach;
 mod bpf;
 mod carry;
+mod catch_up;
 mod cgroup;
 mod cleanup;
 mod clsact;
@@ -17,6 +18,7 @@ mod elements;
 mod error;
 mod follow;
 mod gates;
+mod hurry;
 mod load;
 mod migrate;
 mod neighbours;

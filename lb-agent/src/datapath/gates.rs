@@ -22,7 +22,7 @@ use super::{
     state_dir::StateDir,
 };
 
-/// In the order in which they are closed: an address without a frontend is refused where it lies in a range.
+/// Of each family the ranges are closed first: an address in one of them is refused if it has no frontend.
 pub const NAMES: [&str; 4] = [name::SERVICE_CIDRS4, name::SERVICE_CIDRS6, name::FRONTENDS4, name::FRONTENDS6];
 
 /// Entries read by one system call.
@@ -43,14 +43,18 @@ impl Gates {
         Ok(Self { cidrs: [cidrs4?, cidrs6?], frontends: [frontends4?, frontends6?] })
     }
 
-    /// After each step a packet finds its frontend with the old programs or with ours, on all devices alike.
-    pub fn close(&self) -> io::Result<()> {
-        let [cidrs4, cidrs6] = &self.cidrs;
-        switch_off::<V4>(cidrs4.as_fd())?;
-        switch_off::<V6>(cidrs6.as_fd())?;
-        let [frontends4, frontends6] = &self.frontends;
-        clear(frontends4.as_fd(), size_of::<FrontendKey<V4>>())?;
-        clear(frontends6.as_fd(), size_of::<FrontendKey<V6>>())
+    /// Those of IPv4. After each step a packet finds its frontend with the old programs or with ours, on all devices alike.
+    pub fn close4(&self) -> io::Result<()> {
+        let ([cidrs, _], [frontends, _]) = (&self.cidrs, &self.frontends);
+        switch_off::<V4>(cidrs.as_fd())?;
+        clear(frontends.as_fd(), size_of::<FrontendKey<V4>>())
+    }
+
+    /// Those of IPv6.
+    pub fn close6(&self) -> io::Result<()> {
+        let ([_, cidrs], [_, frontends]) = (&self.cidrs, &self.frontends);
+        switch_off::<V6>(cidrs.as_fd())?;
+        clear(frontends.as_fd(), size_of::<FrontendKey<V6>>())
     }
 }
 

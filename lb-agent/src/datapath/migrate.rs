@@ -27,23 +27,20 @@ use std::{
 };
 
 use aya_obj::Object;
-use lb_common::{V4, V6, maps::name};
+use lb_common::maps::name;
 use tracing::{info, warn};
 
 use super::{
     Error,
     bpf::{self, BatchReader},
-    carry::Carry,
+    catch_up::{self, Progress},
     definition::Definition,
     elements::{self, Write},
     gates::{self, Gates},
     load,
     state_dir::{StateDir, entries},
 };
-use crate::{
-    maps::{FlowEpochs, KernelClock, wait_for_packets},
-    settings::Capacities,
-};
+use crate::settings::Capacities;
 
 /// Entries moved by one system call.
 const CHUNK: usize = 4096;
@@ -76,25 +73,13 @@ const BY_PROGRAMS: [&str; 7] = [
     name::FRAGMENTS6,
 ];
 
-/// Of these, what tells when it was written.
-const CARRIED: [&str; 4] = [name::FLOWS4, name::FLOWS6, name::AFFINITY4, name::AFFINITY6];
-
 /// Maps that wait in `maps-old/`.
 #[derive(Debug, Default)]
 pub struct Migration {
     moved: Vec<Moved>,
     /// Present until the old programs have stopped to open flows.
     gates: Option<Gates>,
-    /// Jiffies when the last copy began, and the last one that brought news of known flows.
-    copied: u32,
-    renewed: u32,
-}
-
-/// What is looked for in the old tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Look {
-    NewFlows,
-    AllNews,
+    progress: Progress,
 }
 
 #[derive(Debug)]
@@ -138,8 +123,7 @@ impl Migration {
         if self.moved.is_empty() {
             return Ok(());
         }
-        self.copied = KernelClock::open(&state.version())?.jiffies()?;
-        self.renewed = self.copied;
+        self.progress = Progress::begin(state)?;
         for moved in &self.moved {
             let lost = copy_map(state, moved).map_err(failure(moved.map))?;
             if lost > 0 {
@@ -151,7 +135,7 @@ impl Migration {
             }
         }
         let is_here = |name: &&str| self.moved.iter().any(|m| m.map == *name);
-        if CARRIED.iter().any(is_here) && gates::NAMES.iter().all(is_here) {
+        if catch_up::MAPS.iter().any(is_here) && gates::NAMES.iter().all(is_here) {
             self.gates = Some(Gates::open(state).map_err(failure(name::FRONTENDS4))?);
         }
         self.complete(state, |m| !BY_PROGRAMS.contains(&m.map))
@@ -171,14 +155,8 @@ impl Migration {
     /// everything. Without (`everywhere` is false): the hooks are taken over as they are.
     pub fn switch(&mut self, state: &StateDir, everywhere: bool) -> Result<(), Error> {
         let Some(gates) = self.gates.take().filter(|_| everywhere) else { return Ok(()) };
-        self.catch_up(state, Look::AllNews)?;
-        // Walks that follow each other closely: as long as only the old table knows a flow, ours may open another one with
-        // the same answers in the new.
-        self.catch_up(state, Look::NewFlows)?;
-        gates.close().map_err(failure(name::FRONTENDS4))?;
-        self.catch_up(state, Look::NewFlows)?;
-        wait_for_packets();
-        self.catch_up(state, Look::AllNews)
+        let maps = self.maps();
+        self.progress.switch(state, &maps, &gates)
     }
 
     /// After every hook runs the new programs: copies what the old ones have written last, and removes the old maps.
@@ -186,38 +164,13 @@ impl Migration {
         if self.moved.is_empty() {
             return Ok(());
         }
-        self.catch_up(state, Look::AllNews)?;
+        let maps = self.maps();
+        self.progress.all_news(state, &maps)?;
         self.complete(state, |_| true)
     }
 
-    /// Copies what programs have written to the old maps since the last time.
-    fn catch_up(&mut self, state: &StateDir, look: Look) -> Result<(), Error> {
-        let clock = KernelClock::open(&state.version())?;
-        let (now, per_s) = (clock.jiffies()?, clock.jiffies_per_s());
-        // A program reads the clock before it writes.
-        let begun = self.copied.wrapping_sub(per_s / 10);
-        // Flows are stamped once a second.
-        let touched = (look == Look::AllNews).then(|| self.renewed.wrapping_sub(per_s));
-        let epochs = FlowEpochs::open(&state.maps())?;
-        for moved in &self.moved {
-            let carry = |by: &dyn Fn(Carry<'_>) -> io::Result<()>| {
-                let (from, to) = open_both(state, moved.map)?;
-                by(Carry { from: from.as_fd(), to: to.as_fd(), begun, touched })
-            };
-            match moved.map {
-                name::FLOWS4 => carry(&|c| c.flows::<V4>(&epochs)),
-                name::FLOWS6 => carry(&|c| c.flows::<V6>(&epochs)),
-                name::AFFINITY4 => carry(&|c| c.affinity::<V4>()),
-                name::AFFINITY6 => carry(&|c| c.affinity::<V6>()),
-                _ => Ok(()),
-            }
-            .map_err(failure(moved.map))?;
-        }
-        self.copied = now;
-        if look == Look::AllNews {
-            self.renewed = now;
-        }
-        Ok(())
+    fn maps(&self) -> Vec<&'static str> {
+        self.moved.iter().map(|m| m.map).collect()
     }
 
     /// Removes the old ones of these maps, after a last look at those that nothing else carries over.
@@ -225,7 +178,7 @@ impl Migration {
         let (complete, others) = std::mem::take(&mut self.moved).into_iter().partition(which);
         self.moved = others;
         for moved in complete {
-            if BY_PROGRAMS.contains(&moved.map) && !CARRIED.contains(&moved.map) {
+            if BY_PROGRAMS.contains(&moved.map) && !catch_up::MAPS.contains(&moved.map) {
                 copy_missing(state, moved.map, &moved.old).map_err(failure(moved.map))?;
             }
             drop_old(state, moved.map)?;
@@ -234,7 +187,8 @@ impl Migration {
     }
 }
 
-fn failure(map: &str) -> impl Fn(io::Error) -> Error {
+/// For what cannot be done to a map.
+pub fn failure(map: &str) -> impl Fn(io::Error) -> Error {
     move |source| Error::Migrate { map: map.to_owned(), source }
 }
 
@@ -274,7 +228,7 @@ fn compare(object: &Object, state: &StateDir, capacities: &Capacities) -> Result
             found.given_up.push(map);
         }
     }
-    if found.moved.iter().any(|m| CARRIED.contains(&m.map)) {
+    if found.moved.iter().any(|m| catch_up::MAPS.contains(&m.map)) {
         // So that each set of programs has its own.
         found.moved.extend(fitting_gates);
     }
@@ -323,7 +277,8 @@ fn complete_interrupted(state: &StateDir) -> Result<(), Error> {
     Ok(())
 }
 
-fn open_both(state: &StateDir, map: &str) -> io::Result<(OwnedFd, OwnedFd)> {
+/// A map that has been moved, and the one in its place.
+pub fn open_both(state: &StateDir, map: &str) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((bpf::open_pin(&state.old_maps().join(map))?, bpf::open_pin(&state.maps().join(map))?))
 }
 
