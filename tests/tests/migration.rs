@@ -291,7 +291,9 @@ fn calls_from_everywhere(cluster: &Cluster, service: &Service) -> Result<Vec<(St
 
 #[test]
 fn calls_during_migrations_of_the_flow_table_all_succeed() {
-    let mut cluster = Cluster::new(Options::new(Layout::PointToPoint)).unwrap();
+    // Flows also expire meanwhile.
+    let options = Options::new(Layout::PointToPoint).flag("--udp-opening-timeout=2s");
+    let mut cluster = Cluster::new(options).unwrap();
     cluster.manifests.write("nodes", &nodes(cluster.nodes.iter().map(|n| &n.place))).unwrap();
     cluster.start_agents().unwrap();
     let service = Service::on(&cluster, "resized", 70, &["pod-1a", "pod-2a"]);
