@@ -7,12 +7,18 @@
 
 mod attach;
 mod bpf;
+mod carry;
+mod catch_up;
 mod cgroup;
 mod cleanup;
 mod clsact;
+mod definition;
 mod devices;
+mod elements;
 mod error;
 mod follow;
+mod gates;
+mod hurry;
 mod load;
 mod migrate;
 mod neighbours;
@@ -136,6 +142,7 @@ impl Datapath {
         let programs = load::load(&object, &state, settings)?;
         migration.copy(&state)?;
         let socket_hooks = socket_hooks(settings, &programs, &state)?;
+        migration.sockets_taken_over(&state)?;
         info!(
             state_dir = %settings.state_dir.display(),
             socket_hooks = ?socket_hooks,

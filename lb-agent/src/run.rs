@@ -13,7 +13,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{Notify, mpsc, watch},
     task::JoinSet,
-    time::sleep,
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -33,6 +33,8 @@ use crate::{
 const EVENTS: usize = 256;
 /// Pause before devices are watched again after that failed.
 const WATCH_AGAIN: Duration = Duration::from_secs(5);
+/// How long expiry waits for devices at the start, at most.
+const FLOWS_MOVE: Duration = Duration::from_secs(60);
 /// How often the number of devices is told to the metrics.
 const DEVICE_GAUGES: Duration = Duration::from_secs(5);
 
@@ -134,7 +136,12 @@ fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> R
     parts.spawn(forever(watch_devices(datapath.clone(), devices, addresses_in)));
     parts.spawn(forever(count_devices(datapath.clone(), metrics.clone())));
     parts.spawn(forever(watch_host(datapath.clone(), settings.snat_ports, addresses.clone(), metrics)));
-    parts.spawn(forever(sweeper.run(retired)));
+    let mut devices_done = addresses.clone();
+    parts.spawn(forever(async move {
+        // Until then flows may be moving to another table: what expired in one would live on in the other.
+        let _ = timeout(FLOWS_MOVE, devices_done.changed()).await;
+        sweeper.run(retired).await;
+    }));
     parts.spawn(async move { Ok(reconciler.run().await?) });
     let (from, node) = (settings.source.clone(), settings.node_name.clone());
     parts.spawn(forever(healthcheck::events::report(from.clone(), node.clone(), failures)));

@@ -4,22 +4,42 @@
 #[allow(dead_code, reason = "shared with datapath.rs, which uses all of it")]
 mod node;
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::{
+    maps::{Array, HashMap, Map, MapData},
+    programs::{SchedClassifier, TcAttachType},
+};
 use lb_agent::{
-    datapath::{TcSetting, map_pin},
-    maps::Maps,
+    datapath::{Datapath, TcSetting, map_pin},
+    maps::{KernelClock, Maps},
     plan::{
         ActualState,
         op::{Family, MapOp},
     },
 };
-use lb_common::{V4, conntrack::Flow, frontend::ServiceRecord, maps::name, tuple::Tuple};
-use node::{Node, on_a_node};
+use lb_common::{
+    V4,
+    conntrack::{Flow, tcp},
+    frontend::ServiceRecord,
+    maps::{name, program},
+    tuple::Tuple,
+};
+use lb_tests::{
+    cluster::{Cluster, Layout, Options},
+    manifests::{Service, nodes},
+    place::Place,
+    traffic::{Call, Load, Proto},
+};
+use node::{Elsewhere, Node, free, ifindex, on_a_node, run};
 
 fn flows(node: &Node) -> Result<HashMap<MapData, Tuple<V4>, Flow<V4>>> {
-    let map = Map::HashMap(MapData::from_pin(map_pin(&node.state_dir(), name::FLOWS4))?);
-    Ok(HashMap::try_from(map)?)
+    flows_at(&map_pin(&node.state_dir(), name::FLOWS4))
+}
+
+fn flows_at(pin: &Path) -> Result<HashMap<MapData, Tuple<V4>, Flow<V4>>> {
+    Ok(HashMap::try_from(Map::HashMap(MapData::from_pin(pin)?))?)
 }
 
 fn flow(n: u32) -> (Tuple<V4>, Flow<V4>) {
@@ -134,4 +154,163 @@ fn a_migration_that_was_cut_off_is_completed() {
         ensure!(!old.exists());
         Ok(())
     });
+}
+
+#[test]
+fn what_the_old_programs_write_after_the_copy_is_carried_over() {
+    on_a_node(|node| {
+        let mut settings = node.settings();
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        let now = || Ok::<_, anyhow::Error>(KernelClock::open(&node.state_dir().join("v1"))?.jiffies()?);
+        let begun = |n: u32, created: u32| {
+            let (key, flow) = flow(n);
+            (key, Flow { tcp_seen: tcp::SYN, last_seen: created, created, ..flow })
+        };
+        let long_ago = now()?.wrapping_sub(100_000);
+        let [purged, ended, reused, ours] = [1, 2, 3, 4].map(|n| begun(n, long_ago));
+        let mut old = flows(node)?;
+        for (key, flow) in [purged, ended, reused, ours] {
+            old.insert(key, flow, 0)?;
+        }
+        drop(old);
+        settings.capacities.flows = 5000;
+        let datapath = free(|| Datapath::start_with(&settings, TcSetting::Auto))?;
+        let mut old = flows_at(&node.state_dir().join("v1/maps-old").join(name::FLOWS4))?;
+        let mut new = flows(node)?;
+        ensure!(new.keys().count() == 4);
+        // A new flow; one that has ended; one whose tuple belongs to another by now; one whose tuple our programs have
+        // given to another; and one that somebody has removed meanwhile.
+        let opened = begun(5, now()?);
+        old.insert(opened.0, opened.1, 0)?;
+        let fin = Flow { tcp_seen: tcp::SYN | tcp::FIN, last_seen: now()?, ..ended.1 };
+        old.insert(ended.0, fin, 0)?;
+        let elsewhere = |flow: Flow<V4>| Flow { dst: V4::new(99), created: opened.1.created, ..flow };
+        let successor = Flow { last_seen: opened.1.created, ..elsewhere(reused.1) };
+        old.insert(reused.0, successor, 0)?;
+        new.insert(ours.0, elsewhere(ours.1), 0)?;
+        old.insert(ours.0, Flow { last_seen: now()?, ..ours.1 }, 0)?;
+        new.remove(&purged.0)?;
+        old.insert(purged.0, Flow { last_seen: now()?, ..purged.1 }, 0)?;
+
+        node.follow(datapath, &settings)?.stop()?;
+        assert_eq!(new.get(&opened.0, 0)?, opened.1);
+        assert_eq!(new.get(&ended.0, 0)?, fin);
+        assert_eq!(new.get(&reused.0, 0)?, successor);
+        assert_eq!(new.get(&ours.0, 0)?, elsewhere(ours.1));
+        ensure!(new.get(&purged.0, 0).is_err(), "what was purged is back");
+        assert_eq!(std::fs::read_dir(node.state_dir().join("v1/maps-old"))?.count(), 0);
+        Ok(())
+    });
+}
+
+/// Our programs on a device, with the filters of clsact.
+fn attached(device: &str) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for (hook, name) in [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")] {
+        let (_, programs) = SchedClassifier::query_tcx(device, hook)?;
+        found.extend(programs.iter().map(|p| format!("tcx {}", p.name_as_str().unwrap_or_default())));
+        let shown = run(&format!("tc filter show dev {device} {name}")).unwrap_or_default();
+        let filters = shown.lines().filter(|line| line.contains("handle"));
+        found.extend(filters.map(|line| {
+            let kind = if line.split_whitespace().any(|word| word == "bpf") { "bpf" } else { line };
+            format!("clsact {kind}")
+        }));
+    }
+    Ok(found)
+}
+
+#[test]
+fn after_flows_have_moved_each_hook_has_one_program() {
+    on_a_node(|node| {
+        let elsewhere = Elsewhere::new()?;
+        let mut settings = node.settings();
+        elsewhere.veth("pod0")?;
+        let tcx = [program::TC_INGRESS, program::TC_EGRESS].map(|name| format!("tcx {name}"));
+        for (number, tc) in
+            [TcSetting::Auto, TcSetting::Auto, TcSetting::Clsact, TcSetting::Clsact, TcSetting::Auto]
+                .into_iter()
+                .enumerate()
+        {
+            settings.capacities.flows = 5000 + number as u32;
+            node.start(&settings, tc)?.stop()?;
+            let found = attached("pod0")?;
+            if tc == TcSetting::Auto {
+                assert_eq!(found, tcx, "start {number}");
+            } else {
+                assert_eq!(found, ["clsact bpf", "clsact bpf"], "start {number}");
+            }
+            let left: Vec<_> = std::fs::read_dir(node.state_dir().join("v1/links"))?
+                .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
+                .filter(|name| name.starts_with("beside"))
+                .collect();
+            ensure!(left.is_empty(), "start {number}: {left:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_program_left_beside_another_takes_the_hook_over() {
+    on_a_node(|node| {
+        let elsewhere = Elsewhere::new()?;
+        let mut settings = node.settings();
+        elsewhere.veth("pod0")?;
+        let index = ifindex("pod0")?;
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        // As after a run that was killed when it had begun to take hooks over: with and without another migration.
+        for flows in [settings.capacities.flows, 6000] {
+            for hook in ["ingress", "egress"] {
+                let pin = |kind: &str| node.link_pin(&format!("{kind}-{hook}-{index}"));
+                std::fs::rename(pin("tc"), pin("beside"))?;
+            }
+            settings.capacities.flows = flows;
+            node.start(&settings, TcSetting::Auto)?.stop()?;
+            assert_eq!(attached("pod0")?.len(), 2);
+            ensure!(node.link_pin(&format!("tc-ingress-{index}")).exists());
+            ensure!(!node.link_pin(&format!("beside-ingress-{index}")).exists());
+        }
+        Ok(())
+    });
+}
+
+/// Calls that are made one after the other, from outside and from a pod, to every address of the Service: each opens a flow
+/// and ends before the next. Nobody sends a datagram again, so one that is lost is a call that failed.
+fn calls_from_everywhere(cluster: &Cluster, service: &Service) -> Result<Vec<(String, Load)>> {
+    let mut loads = Vec::new();
+    let from: [&Place; 2] = [&cluster.client, cluster.pod("pod-1b")];
+    for (i, place) in from.into_iter().enumerate() {
+        for (k, (kind, to)) in service.frontends(cluster.node(1)).into_iter().enumerate() {
+            // Two processors have to do all this: half of the combinations, each family and kind with both.
+            let proto = if (i + k / 2 + k).is_multiple_of(2) { Proto::Udp } else { Proto::Tcp };
+            let what = format!("{} to {kind} {to}, {proto:?}", place.name);
+            loads.push((what, place.load(&Call::new(proto, to))?));
+        }
+    }
+    Ok(loads)
+}
+
+#[test]
+fn calls_during_migrations_of_the_flow_table_all_succeed() {
+    // Flows also expire meanwhile.
+    let options = Options::new(Layout::PointToPoint).flag("--udp-opening-timeout=2s");
+    let mut cluster = Cluster::new(options).unwrap();
+    cluster.manifests.write("nodes", &nodes(cluster.nodes.iter().map(|n| &n.place))).unwrap();
+    cluster.start_agents().unwrap();
+    let service = Service::on(&cluster, "resized", 70, &["pod-1a", "pod-2a"]);
+    cluster.serve(&service).unwrap();
+    let loads = calls_from_everywhere(&cluster, &service).unwrap();
+    for flows in [300_000, 500_000, 200_000, 400_000, 300_000, 500_000] {
+        cluster.agent(1).terminate().unwrap();
+        cluster.restart_agent(1, &[&format!("--max-flows={flows}")]).unwrap();
+    }
+    let mut lost = Vec::new();
+    for (what, load) in loads {
+        let calls = load.stop().unwrap();
+        assert!(calls.total() > 10, "{what}: hardly any traffic: {calls:?}");
+        if calls.failed > 0 {
+            lost.push(format!("{what}: {calls:?}"));
+        }
+    }
+    assert!(lost.is_empty(), "{lost:#?}");
+    cluster.finish().unwrap();
 }

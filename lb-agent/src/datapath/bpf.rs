@@ -12,7 +12,6 @@ use std::{
 };
 
 // enum bpf_cmd, include/uapi/linux/bpf.h.
-const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
@@ -23,10 +22,11 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
-/// Flag of BPF_MAP_UPDATE_ELEM: only where the key is new.
-pub const BPF_NOEXIST: u64 = 1;
 /// Flag of BPF_LINK_CREATE for tcx (6.6): before all that is there, as no other program is named.
 const BPF_F_BEFORE: u32 = 1 << 3;
+/// The same: right after the link that is named by its descriptor.
+const BPF_F_AFTER: u32 = 1 << 4;
+const BPF_F_LINK: u32 = 1 << 13;
 
 /// enum bpf_attach_type, as far as it is used here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ pub enum XdpMode {
     Native = 1 << 2,
 }
 
-fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+pub(super) fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is one of the zero-padded repr(C) structs below, which start as the command's part of union bpf_attr
     // does; the kernel takes missing trailing fields as zero. Pointers in it are to live buffers of the stated size.
     let done = unsafe {
@@ -68,7 +68,7 @@ fn bpf_fd<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-fn raw(fd: BorrowedFd<'_>) -> u32 {
+pub(super) fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd() as u32
 }
 
@@ -100,6 +100,8 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 pub enum LinkTarget<'a> {
     /// tcx: in front of the programs of others.
     Tcx(u32),
+    /// tcx: right after another link.
+    TcxAfter(u32, BorrowedFd<'a>),
     Xdp(u32, XdpMode),
     Cgroup(BorrowedFd<'a>),
 }
@@ -122,14 +124,15 @@ pub fn link_create(
     target: LinkTarget<'_>,
     attach_type: AttachType,
 ) -> io::Result<OwnedFd> {
-    let (target, flags) = match target {
-        LinkTarget::Tcx(ifindex) => (ifindex, BPF_F_BEFORE),
-        LinkTarget::Xdp(ifindex, mode) => (ifindex, mode as u32),
+    let (target, flags, relative) = match target {
+        LinkTarget::Tcx(ifindex) => (ifindex, BPF_F_BEFORE, 0),
+        LinkTarget::TcxAfter(ifindex, link) => (ifindex, BPF_F_AFTER | BPF_F_LINK, raw(link)),
+        LinkTarget::Xdp(ifindex, mode) => (ifindex, mode as u32, 0),
         // Without flags: the kernel takes cgroup links as "multi" by itself and refuses the flag.
-        LinkTarget::Cgroup(fd) => (raw(fd), 0),
+        LinkTarget::Cgroup(fd) => (raw(fd), 0, 0),
     };
-    let attach_type = attach_type as u32;
-    let mut attr = LinkCreateAttr { prog_fd: raw(program), target, attach_type, flags, ..Default::default() };
+    let (prog_fd, attach_type) = (raw(program), attach_type as u32);
+    let mut attr = LinkCreateAttr { prog_fd, target, attach_type, flags, relative, ..Default::default() };
     bpf_fd(BPF_LINK_CREATE, &mut attr)
 }
 
@@ -337,42 +340,24 @@ pub fn update_batch(map: BorrowedFd<'_>, batch: &mut Batch, limit: usize) -> (us
     }
 }
 
-#[repr(C)]
-struct ElementAttr {
-    map_fd: u32,
-    _pad: u32,
-    key: u64,
-    value: u64,
-    flags: u64,
-}
-
-/// Writes one entry. `key` and `value` have the map's sizes.
-pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
-    let mut attr = ElementAttr {
-        map_fd: raw(map),
-        _pad: 0,
-        key: key.as_ptr() as u64,
-        value: value.as_ptr() as u64,
-        flags,
-    };
-    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
-}
-
 /// Takes the program off now. Dropping the last reference does so as well, but only after some RCU grace periods.
-pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     let mut link_fd = raw(link);
     bpf(BPF_LINK_DETACH, &mut link_fd).map(drop)
+}
+
+/// The same; one that is detached already, for want of the device or cgroup, is fine.
+pub fn detach(link: &PinnedLink) -> io::Result<()> {
+    match link_detach(link.fd.as_fd()) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOLINK | libc::ENODEV | libc::EINVAL)) => Ok(()),
+        done => done,
+    }
 }
 
 /// Detaches a pinned link and removes the pin; true if there was one.
 pub fn remove_link(pin: &Path) -> io::Result<bool> {
     let Some(link) = PinnedLink::open(pin)? else { return Ok(false) };
-    match link_detach(link.fd.as_fd()) {
-        // Already detached, for want of the device or cgroup.
-        Ok(()) => {}
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOLINK | libc::ENODEV | libc::EINVAL)) => {}
-        Err(e) => return Err(e),
-    }
+    detach(&link)?;
     std::fs::remove_file(pin)?;
     Ok(true)
 }

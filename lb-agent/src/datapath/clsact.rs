@@ -31,6 +31,8 @@ const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 /// In front of most others (Cilium uses 1, `tc` counts down from 49152); they still run, as ours pass on what is not
 /// for them.
 const PRIORITY: u32 = 3;
+/// Where a program waits that is to take over: after the one that has the hook.
+const PRIORITY_BESIDE: u32 = 4;
 /// "lb": whoever has this handle at this priority is us.
 const HANDLE: u32 = 0x6c62;
 
@@ -49,6 +51,14 @@ impl Hook {
     }
 }
 
+/// Which of our two filters on a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rank {
+    First,
+    /// Sees what the first one passes on.
+    Beside,
+}
+
 /// struct tcmsg.
 fn tcmsg(ifindex: u32, handle: u32, parent: u32, info: u32) -> Payload {
     let fields = [libc::AF_UNSPEC as u32, ifindex, handle, parent, info];
@@ -56,8 +66,12 @@ fn tcmsg(ifindex: u32, handle: u32, parent: u32, info: u32) -> Payload {
 }
 
 /// Priority in the upper half, protocol (all) in network order in the lower.
-fn filter_info() -> u32 {
-    PRIORITY << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
+fn filter_info(rank: Rank) -> u32 {
+    let priority = match rank {
+        Rank::First => PRIORITY,
+        Rank::Beside => PRIORITY_BESIDE,
+    };
+    priority << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
 }
 
 fn route(kind: u16, flags: u16, payload: &Payload) -> io::Result<Vec<Vec<u8>>> {
@@ -86,12 +100,18 @@ pub fn remove_empty_qdisc(ifindex: u32) -> io::Result<bool> {
 
 /// Puts the program on the hook, or in the place of the one that an earlier run put there: in one step, no packet is
 /// missed.
-pub fn set_filter(ifindex: u32, hook: Hook, program: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+pub fn set_filter(
+    ifindex: u32,
+    hook: Hook,
+    rank: Rank,
+    program: BorrowedFd<'_>,
+    name: &str,
+) -> io::Result<()> {
     let options = Payload::default()
         .attribute(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes())
         .text(TCA_BPF_NAME, name)
         .attribute(TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes());
-    let payload = tcmsg(ifindex, HANDLE, hook.parent(), filter_info())
+    let payload = tcmsg(ifindex, HANDLE, hook.parent(), filter_info(rank))
         .text(TCA_KIND, "bpf")
         .nested(TCA_OPTIONS, options);
     // NLM_F_CREATE without NLM_F_EXCL replaces (net/sched/cls_api.c, tc_new_tfilter).
@@ -99,8 +119,8 @@ pub fn set_filter(ifindex: u32, hook: Hook, program: BorrowedFd<'_>, name: &str)
 }
 
 /// Takes our filter off; true if there was one.
-pub fn remove_filter(ifindex: u32, hook: Hook) -> io::Result<bool> {
-    let payload = tcmsg(ifindex, HANDLE, hook.parent(), filter_info()).text(TCA_KIND, "bpf");
+pub fn remove_filter(ifindex: u32, hook: Hook, rank: Rank) -> io::Result<bool> {
+    let payload = tcmsg(ifindex, HANDLE, hook.parent(), filter_info(rank)).text(TCA_KIND, "bpf");
     match route(RTM_DELTFILTER, 0, &payload) {
         Ok(_) => Ok(true),
         // No such filter, chain or qdisc.

@@ -44,6 +44,10 @@ pub enum Error {
     },
     #[error("map {map} cannot be copied to its new size: {source}")]
     Migrate { map: String, source: io::Error },
+    #[error("flows cannot be moved to another table")]
+    Clock(#[from] crate::maps::ClockError),
+    #[error("flows cannot be moved to another table")]
+    Map(#[from] crate::maps::MapError),
     #[error("cgroup directory {path} cannot be used for the socket hooks: {source}; {remedy}")]
     Cgroup { path: PathBuf, remedy: &'static str, source: io::Error },
     #[error(

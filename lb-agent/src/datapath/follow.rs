@@ -26,6 +26,7 @@ use tracing::{debug, info, warn};
 use super::{
     Attached, Datapath, DeviceSink, Error, Followed, Role, Xdp, attach,
     devices::{self, LinkFacts, classify},
+    migrate::Migration,
     state_dir,
     watch::{self, Change, Events},
 };
@@ -114,7 +115,7 @@ impl Follower {
         self.datapath.apply(&links, &roles, verify, self.sink.as_ref());
         let first = !std::mem::replace(&mut self.settled, true);
         if first {
-            self.datapath.settle(self.sink.as_ref(), &links).await;
+            self.datapath.settle(&links, &roles, self.sink.as_ref()).await;
         }
         let current = devices::local_addresses(links.values());
         self.addresses.send_if_modified(|known| {
@@ -226,6 +227,9 @@ impl Datapath {
     fn ensure(&self, link: &LinkFacts, device: &mut Followed, sink: &dyn DeviceSink) -> Result<(), Error> {
         put_entry(link, device, sink)?;
         let pins = self.state.links();
+        if self.has_flows_to_move() {
+            return self.attacher.beside(link, &self.programs, &pins);
+        }
         let tc = self.attacher.tc(link, &self.programs, &pins)?;
         let wanted = devices::wanted_xdp(link, device.role, self.xdp);
         let (xdp, xdp_refused) = match &device.attached {
@@ -268,11 +272,14 @@ impl Datapath {
     }
 
     /// After the first round: every hook runs our programs, so what earlier runs left can go.
-    async fn settle(self: &Arc<Self>, sink: &dyn DeviceSink, links: &Links) {
-        let datapath = Arc::clone(self);
-        // Copying millions of flows takes seconds.
-        let done = tokio::task::spawn_blocking(move || datapath.finish_migration()).await;
-        if let Ok(Err(error)) = done {
+    async fn settle(self: &Arc<Self>, links: &Links, roles: &BTreeMap<u32, Role>, sink: &dyn DeviceSink) {
+        if self.has_flows_to_move() {
+            if let Some(Err(error)) = self.blocking(Self::switch_flows).await {
+                warn!(%error, "flows cannot be moved to the new table: new ones of the last moment may break");
+            }
+            self.apply(links, roles, true, sink);
+        }
+        if let Some(Err(error)) = self.blocking(Self::finish_migration).await {
             warn!(%error, "the rest of an old map cannot be copied: new flows of the last moment may break");
         }
         if let Err(error) = self.supersede_other_versions() {
@@ -281,9 +288,33 @@ impl Datapath {
         self.forget_strangers(sink, links);
     }
 
+    /// Copying millions of flows takes seconds.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Option<T> {
+        let datapath = Arc::clone(self);
+        tokio::task::spawn_blocking(move || work(&datapath)).await.ok()
+    }
+
+    /// True while our programs stand beside those of the last run.
+    fn has_flows_to_move(&self) -> bool {
+        self.migration().as_ref().is_some_and(Migration::is_pending)
+    }
+
+    fn switch_flows(&self) -> Result<(), Error> {
+        // A hook with the old programs alone would serve nobody without frontends.
+        let everywhere = self.failed().is_empty();
+        self.migration().as_mut().map_or(Ok(()), |migration| migration.switch(&self.state, everywhere))
+    }
+
     fn finish_migration(&self) -> Result<(), Error> {
-        let migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let migration = self.migration().take();
         migration.map_or(Ok(()), |migration| migration.finish(&self.state))
+    }
+
+    fn migration(&self) -> std::sync::MutexGuard<'_, Option<Migration>> {
+        self.migration.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Directories of other layouts: their links have done their work. Notes about clsact stay true and become ours.

@@ -1,11 +1,24 @@
 //! Pinned maps whose definition has changed: a capacity option, or (in development) a layout without a new version.
 //!
 //! aya takes any pin for the map of that name, so each is compared with its definition first. Where only the capacity
-//! differs, the old map moves to `maps-old/`, a new one is made, and the content is copied before any program
-//! uses it; once all hooks run the new programs, what the old ones wrote in between is copied as well, and the old map
-//! goes. What is lost: changes to flows that were already there (TCP flags, times) made during those milliseconds, counts
-//! of that time, and, when a table shrinks below what is in it, what does not fit. When the *planner's* maps do not fit
-//! any more, all of them start empty: half a set of ids would be worse than the moment until the first plan.
+//! differs, the old map moves to `maps-old/`, a new one is made, and the content is copied before any program uses it.
+//! When the *planner's* maps do not fit any more, all of them start empty: half a set of ids would be worse than the moment
+//! until the first plan.
+//!
+//! Flows go on meanwhile, and hooks can only be changed one by one: a flow that one hook has opened in the old table, and
+//! another one looks for in the new, would be lost. So each flow belongs to one table at any time, on all hooks:
+//!
+//! 1. Our tc programs are put *beside* those of the last run, on every hook. Those go first, and open all flows; what they
+//!    do not know passes on to ours.
+//! 2. The old programs lose their frontends (`gates`). From now on they serve the flows of the old table, and ours open all
+//!    others in the new one.
+//! 3. The old table does not grow any more: what it has and the new one lacks is copied (`carry`).
+//! 4. The new table knows everything. Ours take the hooks over, one by one, XDP too; the old table goes.
+//!
+//! What is lost: counts of that time, and, when a table shrinks below what is in it, what does not fit. A source port may be
+//! given twice while the last copy runs (once in each table); and a client with affinity that opens two connections within
+//! these milliseconds may see two backends. If an agent is killed in between, the next one copies once and changes hook by
+//! hook.
 
 use std::{
     fs, io,
@@ -13,14 +26,17 @@ use std::{
     path::Path,
 };
 
-use aya::{maps::MapInfo, util::nr_cpus};
 use aya_obj::Object;
 use lb_common::maps::name;
 use tracing::{info, warn};
 
 use super::{
     Error,
-    bpf::{self, BatchReader, EntrySize},
+    bpf::{self, BatchReader},
+    catch_up::{self, Progress},
+    definition::Definition,
+    elements::{self, Write},
+    gates::{self, Gates},
     load,
     state_dir::{StateDir, entries},
 };
@@ -57,71 +73,14 @@ const BY_PROGRAMS: [&str; 7] = [
     name::FRAGMENTS6,
 ];
 
-// enum bpf_map_type.
-const ARRAY: u32 = 2;
-const PERCPU_HASH: u32 = 5;
-const PERCPU_ARRAY: u32 = 6;
-const LRU_PERCPU_HASH: u32 = 10;
-
-/// What must agree between a pin and its definition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Definition {
-    kind: u32,
-    key: u32,
-    value: u32,
-    flags: u32,
-    entries: u32,
-}
-
-impl Definition {
-    fn of_object(map: &aya_obj::Map, entries: Option<u32>) -> Self {
-        Self {
-            kind: map.map_type(),
-            key: map.key_size(),
-            value: map.value_size(),
-            flags: map.map_flags(),
-            entries: entries.unwrap_or_else(|| map.max_entries()),
-        }
-    }
-
-    fn of_pin(path: &Path) -> io::Result<Self> {
-        let info = MapInfo::from_pin(path).map_err(io::Error::other)?;
-        Ok(Self {
-            kind: info.map_type().map_err(io::Error::other)? as u32,
-            key: info.key_size(),
-            value: info.value_size(),
-            flags: info.map_flags(),
-            entries: info.max_entries(),
-        })
-    }
-
-    const fn same_but_for_capacity(&self, other: &Self) -> bool {
-        self.kind == other.kind
-            && self.key == other.key
-            && self.value == other.value
-            && self.flags == other.flags
-    }
-
-    const fn is_array(&self) -> bool {
-        matches!(self.kind, ARRAY | PERCPU_ARRAY)
-    }
-
-    /// Per-CPU values are transferred for all possible CPUs, each padded to 8 bytes (Documentation/bpf/map_hash.rst).
-    fn entry_size(&self) -> io::Result<EntrySize> {
-        let value = match self.kind {
-            PERCPU_HASH | PERCPU_ARRAY | LRU_PERCPU_HASH => {
-                let cpus = nr_cpus().map_err(|(_, e)| e)?;
-                (self.value as usize).next_multiple_of(8) * cpus
-            }
-            _ => self.value as usize,
-        };
-        Ok(EntrySize { key: self.key as usize, value })
-    }
-}
-
 /// Maps that wait in `maps-old/`.
 #[derive(Debug, Default)]
-pub struct Migration(Vec<Moved>);
+pub struct Migration {
+    moved: Vec<Moved>,
+    /// Present until the old programs have stopped to open flows.
+    gates: Option<Gates>,
+    progress: Progress,
+}
 
 #[derive(Debug)]
 struct Moved {
@@ -156,14 +115,17 @@ impl Migration {
             let (from, to) = (state.maps().join(m.map), state.old_maps().join(m.map));
             fs::rename(&from, &to).map_err(|source| Error::Pin { path: from, action: "rename", source })?;
         }
-        Ok(Self(moved))
+        Ok(Self { moved, ..Default::default() })
     }
 
     /// Copies the content into the new maps, before a program uses them or the planner changes them.
     pub fn copy(&mut self, state: &StateDir) -> Result<(), Error> {
-        for moved in &self.0 {
-            let lost = copy_map(state, moved)
-                .map_err(|source| Error::Migrate { map: moved.map.to_owned(), source })?;
+        if self.moved.is_empty() {
+            return Ok(());
+        }
+        self.progress = Progress::begin(state)?;
+        for moved in &self.moved {
+            let lost = copy_map(state, moved).map_err(failure(moved.map))?;
             if lost > 0 {
                 warn!(
                     map = moved.map,
@@ -172,21 +134,62 @@ impl Migration {
                 );
             }
         }
-        let (by_programs, complete): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.0).into_iter().partition(|m| BY_PROGRAMS.contains(&m.map));
-        self.0 = by_programs;
-        complete.iter().try_for_each(|m| drop_old(state, m.map))
+        let is_here = |name: &&str| self.moved.iter().any(|m| m.map == *name);
+        if catch_up::MAPS.iter().any(is_here) && gates::NAMES.iter().all(is_here) {
+            self.gates = Some(Gates::open(state).map_err(failure(name::FRONTENDS4))?);
+        }
+        self.complete(state, |m| !BY_PROGRAMS.contains(&m.map))
     }
 
-    /// After every hook runs the new programs: copies what the old ones have added since, and removes the old maps.
-    pub fn finish(self, state: &StateDir) -> Result<(), Error> {
-        for moved in self.0 {
-            copy_missing(state, moved.map, &moved.old)
-                .map_err(|source| Error::Migrate { map: moved.map.to_owned(), source })?;
+    /// After the socket hooks run the new programs: what only they write is complete.
+    pub fn sockets_taken_over(&mut self, state: &StateDir) -> Result<(), Error> {
+        self.complete(state, |m| m.map == name::SOCKETS)
+    }
+
+    /// True while our programs are to stand beside those of the last run, which open the flows.
+    pub const fn is_pending(&self) -> bool {
+        self.gates.is_some()
+    }
+
+    /// With our programs on every hook beside the others: from now on only ours open flows, and the new table knows
+    /// everything. Without (`everywhere` is false): the hooks are taken over as they are.
+    pub fn switch(&mut self, state: &StateDir, everywhere: bool) -> Result<(), Error> {
+        let Some(gates) = self.gates.take().filter(|_| everywhere) else { return Ok(()) };
+        let maps = self.maps();
+        self.progress.switch(state, &maps, &gates)
+    }
+
+    /// After every hook runs the new programs: copies what the old ones have written last, and removes the old maps.
+    pub fn finish(mut self, state: &StateDir) -> Result<(), Error> {
+        if self.moved.is_empty() {
+            return Ok(());
+        }
+        let maps = self.maps();
+        self.progress.all_news(state, &maps)?;
+        self.complete(state, |_| true)
+    }
+
+    fn maps(&self) -> Vec<&'static str> {
+        self.moved.iter().map(|m| m.map).collect()
+    }
+
+    /// Removes the old ones of these maps, after a last look at those that nothing else carries over.
+    fn complete(&mut self, state: &StateDir, which: impl Fn(&Moved) -> bool) -> Result<(), Error> {
+        let (complete, others) = std::mem::take(&mut self.moved).into_iter().partition(which);
+        self.moved = others;
+        for moved in complete {
+            if BY_PROGRAMS.contains(&moved.map) && !catch_up::MAPS.contains(&moved.map) {
+                copy_missing(state, moved.map, &moved.old).map_err(failure(moved.map))?;
+            }
             drop_old(state, moved.map)?;
         }
         Ok(())
     }
+}
+
+/// For what cannot be done to a map.
+pub fn failure(map: &str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Migrate { map: map.to_owned(), source }
 }
 
 fn drop_old(state: &StateDir, map: &str) -> Result<(), Error> {
@@ -197,6 +200,7 @@ fn drop_old(state: &StateDir, map: &str) -> Result<(), Error> {
 fn compare(object: &Object, state: &StateDir, capacities: &Capacities) -> Result<Comparison, Error> {
     let sizes = load::max_entries(capacities);
     let mut found = Comparison::default();
+    let mut fitting_gates = Vec::new();
     for map in name::ALL {
         let Some(definition) = object.maps.get(map) else { continue };
         let path = state.maps().join(map);
@@ -211,6 +215,9 @@ fn compare(object: &Object, state: &StateDir, capacities: &Capacities) -> Result
             source,
         })?;
         if old == new {
+            if gates::NAMES.contains(&map) {
+                fitting_gates.push(Moved { map, old, new });
+            }
             continue;
         }
         if old.same_but_for_capacity(&new) {
@@ -220,6 +227,10 @@ fn compare(object: &Object, state: &StateDir, capacities: &Capacities) -> Result
             warn!(map, ?old, ?new, "the pinned map has another layout: its content is given up");
             found.given_up.push(map);
         }
+    }
+    if found.moved.iter().any(|m| catch_up::MAPS.contains(&m.map)) {
+        // So that each set of programs has its own.
+        found.moved.extend(fitting_gates);
     }
     Ok(found)
 }
@@ -256,8 +267,7 @@ fn complete_interrupted(state: &StateDir) -> Result<(), Error> {
         let was = Definition::of_pin(&old).map_err(fail(&old, "BPF_OBJ_GET_INFO_BY_FD"))?;
         let is = Definition::of_pin(&new).map_err(fail(&new, "BPF_OBJ_GET_INFO_BY_FD"))?;
         if BY_PROGRAMS.contains(&map) && was.same_but_for_capacity(&is) {
-            copy_missing(state, map, &was)
-                .map_err(|source| Error::Migrate { map: map.to_owned(), source })?;
+            copy_missing(state, map, &was).map_err(failure(map))?;
             fs::remove_file(&old).map_err(fail(&old, "unlink"))?;
         } else {
             // Nothing but the agent writes these, and it never got to that: the old one is whole.
@@ -267,7 +277,8 @@ fn complete_interrupted(state: &StateDir) -> Result<(), Error> {
     Ok(())
 }
 
-fn open_both(state: &StateDir, map: &str) -> io::Result<(OwnedFd, OwnedFd)> {
+/// A map that has been moved, and the one in its place.
+pub fn open_both(state: &StateDir, map: &str) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((bpf::open_pin(&state.old_maps().join(map))?, bpf::open_pin(&state.maps().join(map))?))
 }
 
@@ -303,7 +314,7 @@ fn copy_missing(state: &StateDir, map: &str, old: &Definition) -> io::Result<()>
     let mut reader = BatchReader::new(from.as_fd(), size);
     while let Some(batch) = reader.next(CHUNK)? {
         for (key, value) in batch.keys.chunks_exact(size.key).zip(batch.values.chunks_exact(size.value)) {
-            match bpf::update(to.as_fd(), key, value, bpf::BPF_NOEXIST) {
+            match elements::update(to.as_fd(), key, value, Write::New) {
                 Ok(()) => {}
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EEXIST | libc::E2BIG)) => {}
                 Err(e) => return Err(e),
@@ -318,8 +329,7 @@ fn planned_maps_fit(moved: &[Moved], state: &StateDir) -> Result<bool, Error> {
     // Statistics have an element per service record, used or not.
     let shrunk = moved.iter().filter(|m| PLANNED.contains(&m.map) && m.map != name::SERVICE_STATS);
     for m in shrunk.filter(|m| m.new.entries < m.old.entries) {
-        let used = used(&state.maps().join(m.map), &m.old)
-            .map_err(|source| Error::Migrate { map: m.map.to_owned(), source })?;
+        let used = used(&state.maps().join(m.map), &m.old).map_err(failure(m.map))?;
         if used > m.new.entries as usize {
             return Ok(false);
         }

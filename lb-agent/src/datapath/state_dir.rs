@@ -85,6 +85,10 @@ impl StateDir {
         }
     }
 
+    /// All of this layout version.
+    pub fn version(&self) -> PathBuf {
+        version_dir(&self.root)
+    }
     pub fn maps(&self) -> PathBuf {
         version_dir(&self.root).join("maps")
     }

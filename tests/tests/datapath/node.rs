@@ -162,7 +162,12 @@ impl Node {
 
     /// Starts an agent's data path, and waits until the devices that are there have been dealt with.
     pub fn start(&self, settings: &Settings, tc: TcSetting) -> Result<Agent<'_>> {
-        let datapath = Arc::new(free(|| Datapath::start_with(settings, tc))?);
+        self.follow(free(|| Datapath::start_with(settings, tc))?, settings)
+    }
+
+    /// The second half of that.
+    pub fn follow(&self, datapath: Datapath, settings: &Settings) -> Result<Agent<'_>> {
+        let datapath = Arc::new(datapath);
         let sink = Arc::new(Sink::open(&settings.state_dir)?);
         let (tell, addresses) = watch::channel(BTreeSet::new());
         let follow = datapath.follow_devices(Arc::clone(&sink) as Arc<dyn DeviceSink>, tell);
