@@ -65,8 +65,13 @@ impl Carry<'_> {
         Flow<A>: Pod,
     {
         let Some(there) = read::<_, Flow<A>>(self.to, key)? else {
-            let purged = is_before(flow.created, self.begun);
-            return if purged { Ok(()) } else { self.write(key, flow, Write::New) };
+            if is_before(flow.created, self.begun) {
+                // Purged.
+                return Ok(());
+            }
+            self.write(key, flow, Write::New)?;
+            epochs.renew_nothing(key);
+            return Ok(());
         };
         match judge(&there, flow, key.proto) {
             Judgement::Keep => Ok(()),
