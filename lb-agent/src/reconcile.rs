@@ -1,8 +1,8 @@
 //! The loop: objects in, map operations out.
 //!
 //! [`Core`] holds the model, the planner and the maps, and does the work without waiting for anything but grace periods;
-//! [`Reconciler`] feeds it on a thread of its own: it coalesces events, starts audits, tries again after failures, and
-//! reports to health and metrics.
+//! [`Reconciler`] feeds it, on a thread of its own where a turn may be long: it coalesces events, starts audits, tries again
+//! after failures, and reports to health and metrics.
 
 mod changes;
 mod core;
@@ -243,8 +243,23 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
     }
 
     async fn sync(&mut self) -> Result<(), Error> {
+        // New addresses may concern every Service.
+        let brief = !self.wiring.addresses.has_changed().unwrap_or(true) && self.core()?.is_brief();
         let addresses = self.wiring.addresses.borrow_and_update().clone();
-        self.blocking(move |core| core.sync_early(&addresses)).await
+        if brief {
+            self.at_once(&addresses)
+        } else {
+            self.blocking(move |core| core.sync_early(&addresses)).await
+        }
+    }
+
+    /// Another thread would take longer to wake up than the turn takes.
+    fn at_once(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), Error> {
+        let begun = Instant::now();
+        let result = self.core()?.sync_early(addresses);
+        self.turned = Instant::now();
+        self.report(self.turned - begun, result);
+        Ok(())
     }
 
     /// Has the kernel say when no packet uses what was replaced, if anything was.
