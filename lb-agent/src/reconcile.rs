@@ -42,6 +42,9 @@ const AUDIT: Duration = Duration::from_secs(3000);
 /// First and longest pause after a failure.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(15);
+/// Least time from the beginning of a grace period to that of the next one: where changes come one after the other, they
+/// share grace periods, which other threads wait for.
+const GRACE: Duration = Duration::from_millis(20);
 /// How long the first plan waits for the node's addresses before it says so.
 const ADDRESSES: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 5000 });
 
@@ -79,6 +82,8 @@ pub struct Reconciler<K> {
     turned: Instant,
     /// The grace period that has begun.
     grace: Option<JoinHandle<()>>,
+    /// None begins before.
+    next_grace: tokio::time::Instant,
 }
 
 /// When to try again after a failure.
@@ -106,6 +111,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
             changes: changes::Changes::new(SystemTime::now()),
             turned: Instant::now(),
             grace: None,
+            next_grace: tokio::time::Instant::now(),
         }
     }
 
@@ -128,7 +134,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         audit.reset();
         let requested = self.wiring.audit.clone();
         loop {
-            let retry_at = self.retry.at;
+            let (retry_at, grace_at) = (self.retry.at, self.grace_at()?);
             tokio::select! {
                 event = self.wiring.events.recv() => {
                     self.take(event.ok_or(Error::SourceEnded)?)?;
@@ -146,6 +152,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                 _ = audit.tick() => self.audit().await?,
                 () = requested.notified() => self.audit().await?,
                 () = until(retry_at) => self.sync().await?,
+                () = until(grace_at) => {}
                 passed = passed(&mut self.grace) => {
                     passed.map_err(Error::Cancelled)?;
                     self.grace = None;
@@ -262,12 +269,20 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         Ok(())
     }
 
-    /// Has the kernel say when no packet uses what was replaced, if anything was.
+    /// Has the kernel say when no packet uses what was replaced, if anything was and its time has come.
     fn begin_grace(&mut self) -> Result<(), Error> {
-        if self.grace.is_none() && self.core()?.begin_grace() {
+        let now = tokio::time::Instant::now();
+        if self.grace.is_none() && now >= self.next_grace && self.core()?.begin_grace() {
+            self.next_grace = now + GRACE;
             self.grace = Some(tokio::task::spawn_blocking(maps::wait_for_packets));
         }
         Ok(())
+    }
+
+    /// When [`Self::begin_grace`] has something to do that it has not now.
+    fn grace_at(&mut self) -> Result<Option<tokio::time::Instant>, Error> {
+        let waits = self.grace.is_none() && self.core()?.needs_grace();
+        Ok(waits.then_some(self.next_grace))
     }
 
     /// Stores only, so it waits for nothing.
