@@ -48,7 +48,10 @@ fn run(config: config::Config) -> anyhow::Result<()> {
     if let Some(notes) = &config.notes {
         notes.log();
     }
+    // One thread for all that waits: a change goes through several tasks, and handing it from thread to thread takes longer
+    // than the work. What is long, or waits for the kernel, has threads of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
         .enable_all()
         .build()
         .context("cannot start the threads of the agent")?;

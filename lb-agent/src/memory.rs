@@ -5,9 +5,10 @@
 /// From this size on a buffer (a page of a list, the operations of a large plan) is a mapping of its own.
 #[cfg(target_env = "gnu")]
 const OWN_MAPPING: libc::c_int = 128 * 1024;
-/// Heaps that threads share. Each keeps holes of its own, and no thread here allocates much while others do.
+/// Heaps that threads share. Each keeps holes of its own, and no thread here allocates much while others do; what lists leave
+/// free, the first plan, which another thread makes, fills.
 #[cfg(target_env = "gnu")]
-const ARENAS: libc::c_int = 2;
+const ARENAS: libc::c_int = 1;
 
 /// Sets the allocator up. To be called before there are threads.
 pub fn configure() {

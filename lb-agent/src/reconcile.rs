@@ -1,8 +1,8 @@
 //! The loop: objects in, map operations out.
 //!
 //! [`Core`] holds the model, the planner and the maps, and does the work without waiting for anything but grace periods;
-//! [`Reconciler`] feeds it on a thread of its own: it coalesces events, starts audits, tries again after failures, and
-//! reports to health and metrics.
+//! [`Reconciler`] feeds it, on a thread of its own where a turn may be long: it coalesces events, starts audits, tries again
+//! after failures, and reports to health and metrics.
 
 mod changes;
 mod core;
@@ -42,6 +42,9 @@ const AUDIT: Duration = Duration::from_secs(3000);
 /// First and longest pause after a failure.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(15);
+/// Least time from the beginning of a grace period to that of the next one: where changes come one after the other, they
+/// share grace periods, which other threads wait for.
+const GRACE: Duration = Duration::from_millis(20);
 /// How long the first plan waits for the node's addresses before it says so.
 const ADDRESSES: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 5000 });
 
@@ -79,6 +82,8 @@ pub struct Reconciler<K> {
     turned: Instant,
     /// The grace period that has begun.
     grace: Option<JoinHandle<()>>,
+    /// None begins before.
+    next_grace: tokio::time::Instant,
 }
 
 /// When to try again after a failure.
@@ -106,6 +111,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
             changes: changes::Changes::new(SystemTime::now()),
             turned: Instant::now(),
             grace: None,
+            next_grace: tokio::time::Instant::now(),
         }
     }
 
@@ -128,7 +134,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
         audit.reset();
         let requested = self.wiring.audit.clone();
         loop {
-            let retry_at = self.retry.at;
+            let (retry_at, grace_at) = (self.retry.at, self.grace_at()?);
             tokio::select! {
                 event = self.wiring.events.recv() => {
                     self.take(event.ok_or(Error::SourceEnded)?)?;
@@ -146,6 +152,7 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                 _ = audit.tick() => self.audit().await?,
                 () = requested.notified() => self.audit().await?,
                 () = until(retry_at) => self.sync().await?,
+                () = until(grace_at) => {}
                 passed = passed(&mut self.grace) => {
                     passed.map_err(Error::Cancelled)?;
                     self.grace = None;
@@ -243,16 +250,39 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
     }
 
     async fn sync(&mut self) -> Result<(), Error> {
+        // New addresses may concern every Service.
+        let brief = !self.wiring.addresses.has_changed().unwrap_or(true) && self.core()?.is_brief();
         let addresses = self.wiring.addresses.borrow_and_update().clone();
-        self.blocking(move |core| core.sync_early(&addresses)).await
+        if brief {
+            self.at_once(&addresses)
+        } else {
+            self.blocking(move |core| core.sync_early(&addresses)).await
+        }
     }
 
-    /// Has the kernel say when no packet uses what was replaced, if anything was.
+    /// Another thread would take longer to wake up than the turn takes.
+    fn at_once(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<(), Error> {
+        let begun = Instant::now();
+        let result = self.core()?.sync_early(addresses);
+        self.turned = Instant::now();
+        self.report(self.turned - begun, result);
+        Ok(())
+    }
+
+    /// Has the kernel say when no packet uses what was replaced, if anything was and its time has come.
     fn begin_grace(&mut self) -> Result<(), Error> {
-        if self.grace.is_none() && self.core()?.begin_grace() {
+        let now = tokio::time::Instant::now();
+        if self.grace.is_none() && now >= self.next_grace && self.core()?.begin_grace() {
+            self.next_grace = now + GRACE;
             self.grace = Some(tokio::task::spawn_blocking(maps::wait_for_packets));
         }
         Ok(())
+    }
+
+    /// When [`Self::begin_grace`] has something to do that it has not now.
+    fn grace_at(&mut self) -> Result<Option<tokio::time::Instant>, Error> {
+        let waits = self.grace.is_none() && self.core()?.needs_grace();
+        Ok(waits.then_some(self.next_grace))
     }
 
     /// Stores only, so it waits for nothing.

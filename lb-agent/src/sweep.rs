@@ -68,6 +68,9 @@ pub enum SweepError {
     Cancelled(#[source] tokio::task::JoinError),
 }
 
+/// Records whose counts are read, one system call each, in less time than another thread takes to wake up.
+const FEW: usize = 32;
+
 /// How many entries the flow tables had when they were last walked. Counting them takes a walk.
 #[derive(Debug, Default)]
 pub struct FlowEntries {
@@ -283,20 +286,20 @@ impl Sweeper {
 
     async fn retire(sweeper: &Arc<Self>, departures: Departures) -> Result<(), SweepError> {
         let begun = Instant::now();
-        let purge = move |s: &Self| {
-            let departures = s.concerned(departures);
-            let records = departures.retired.len();
-            if departures.is_empty() {
-                return Ok(false);
-            }
-            let (flows, sockets) = s.purge(&departures)?;
-            tracing::debug!(records, flows, sockets, "flows and sockets to retired UDP backends ended");
-            Ok::<_, SweepError>(true)
+        let few = departures.retired.len() <= FEW;
+        let departures = if few {
+            sweeper.concerned(departures)
+        } else {
+            sweeper.blocking(move |s| s.concerned(departures)).await?
         };
-        if sweeper.blocking(purge).await?? {
-            // Changes that come meanwhile share the next walk; walks of large tables leave room for other work.
-            tokio::time::sleep(begun.elapsed() * schedule::REST).await;
+        if departures.is_empty() {
+            return Ok(());
         }
+        let records = departures.retired.len();
+        let (flows, sockets) = sweeper.blocking(move |s| s.purge(&departures)).await??;
+        tracing::debug!(records, flows, sockets, "flows and sockets to retired UDP backends ended");
+        // Changes that come meanwhile share the next walk; walks of large tables leave room for other work.
+        tokio::time::sleep(begun.elapsed() * schedule::REST).await;
         Ok(())
     }
 

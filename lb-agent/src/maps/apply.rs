@@ -13,6 +13,10 @@ use lb_common::{
     maps::name,
     source::ADMITTED,
 };
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    task::block_in_place,
+};
 
 use super::{
     MapError, Maps, Written, capacity_option,
@@ -172,7 +176,7 @@ impl Maps {
                 }
             }
             MapOp::WriteService { service, record } => self.services.store(*service, record)?,
-            MapOp::Grace => wait_for_packets(),
+            MapOp::Grace => wait_in_place(wait_for_packets),
             MapOp::ClearService { service } => {
                 self.services.store(*service, &ServiceRecord::default())?;
                 if let Err(e) = self.names.delete(service) {
@@ -368,6 +372,14 @@ pub(crate) fn wait_for_packets() {
     }
 }
 
+/// Waits wherever a plan is carried out: on a thread of the runtime, other tasks go on elsewhere meanwhile.
+fn wait_in_place(wait: impl FnOnce()) {
+    match Handle::try_current() {
+        Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(wait),
+        _ => wait(),
+    }
+}
+
 fn online_cpus() -> i64 {
     // SAFETY: no pointers.
     unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }
@@ -376,6 +388,23 @@ fn online_cpus() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn while_the_only_thread_of_the_runtime_waits_other_tasks_go_on() {
+        let waiting = tokio::spawn(async {
+            let (done, is_done) = std::sync::mpsc::channel();
+            tokio::spawn(async move { done.send(()) });
+            let mut seen = false;
+            wait_in_place(|| seen = is_done.recv_timeout(Duration::from_secs(20)).is_ok());
+            seen
+        });
+        assert!(waiting.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_runtime_without_other_threads_waits_itself() {
+        wait_in_place(wait_for_packets);
+    }
 
     #[test]
     fn names_are_cut_at_a_character_and_read_back() {

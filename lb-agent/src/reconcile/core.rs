@@ -24,6 +24,9 @@ use crate::{
 /// Plans that free room are followed by another one for whoever waits for it: at most so many times in one turn.
 const ROUNDS: usize = 8;
 
+/// So many Services are planned within a fraction of a millisecond, as a rule.
+const BRIEF: usize = 16;
+
 /// The maps as the loop needs them. Implemented by [`Maps`] alone, and by a stand-in in tests.
 pub trait Kernel {
     fn capacities(&self) -> Capacities;
@@ -221,6 +224,11 @@ impl<K: Kernel> Core<K> {
     /// Something has changed since the last turn.
     pub fn is_dirty(&self) -> bool {
         self.all_dirty || self.cidrs_dirty || self.replan || self.has_room || !self.dirty.is_empty()
+    }
+
+    /// The next turn looks at a few Services and reads no maps, unless the addresses of the node have changed.
+    pub fn is_brief(&self) -> bool {
+        self.planner.is_some() && !self.all_dirty && !self.replan && self.dirty.len() <= BRIEF
     }
 
     /// There has been a first turn.

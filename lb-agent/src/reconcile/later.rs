@@ -60,11 +60,16 @@ impl<K: Kernel> Core<K> {
     /// What waits for a grace period now waits for the one that the caller begins, unless it has begun one already. False if
     /// there is no need for one.
     pub fn begin_grace(&mut self) -> bool {
-        if !self.pending.begun.is_empty() || self.pending.waiting.is_empty() {
-            return false;
+        let needed = self.needs_grace();
+        if needed {
+            self.pending.begun = std::mem::take(&mut self.pending.waiting);
         }
-        self.pending.begun = std::mem::take(&mut self.pending.waiting);
-        true
+        needed
+    }
+
+    /// True if [`Self::begin_grace`] would have the caller begin one.
+    pub fn needs_grace(&self) -> bool {
+        self.pending.begun.is_empty() && !self.pending.waiting.is_empty()
     }
 
     /// The grace period has passed: clears what was replaced, and tells whose flows have to be looked at.

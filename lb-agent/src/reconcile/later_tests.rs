@@ -2,6 +2,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use super::super::core::tests::{FakeKernel, core_with, slice};
 use super::*;
+use crate::source::Missing;
 
 fn addresses() -> BTreeSet<IpAddr> {
     BTreeSet::from([[192, 168, 0, 1].into()])
@@ -107,4 +108,37 @@ fn maps_that_are_read_again_are_waited_for_first() {
     }
     assert_eq!(core.kernel.state.backends4.len(), 4);
     assert_eq!(core.audit(&addresses()).unwrap().operations.values().sum::<u64>(), 0);
+}
+
+#[test]
+fn a_turn_is_brief_if_a_few_services_have_changed_and_nothing_else() {
+    let mut core = core_with(20);
+    assert!(!core.is_brief(), "the maps have to be read first");
+    core.sync_early(&addresses()).unwrap();
+    assert!(core.is_brief());
+    for i in 0..16 {
+        core.apply(&slice(i, &[i, 100 + i]));
+    }
+    assert!(core.is_brief());
+    core.apply(&slice(16, &[16, 116]));
+    assert!(!core.is_brief());
+    core.sync_early(&addresses()).unwrap();
+    assert!(core.is_brief());
+    core.missing(&Missing::default());
+    assert!(!core.is_brief(), "every Service is planned again");
+}
+
+#[test]
+fn a_grace_period_is_needed_until_one_has_begun_for_all_that_waits() {
+    let mut core = programmed();
+    assert!(!core.needs_grace());
+    core.apply(&slice(0, &[0, 10]));
+    core.sync_early(&addresses()).unwrap();
+    assert!(core.needs_grace());
+    assert!(core.begin_grace() && !core.needs_grace());
+    core.apply(&slice(1, &[1, 11]));
+    core.sync_early(&addresses()).unwrap();
+    assert!(!core.needs_grace(), "the one that has begun comes first");
+    core.settle().unwrap();
+    assert!(core.needs_grace());
 }
