@@ -25,7 +25,9 @@ const HEALTH_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
 
 /// Loading programs and making maps of the default size takes a second or two; a busy machine many times that.
-const READY_WITHIN: Duration = Duration::from_secs(30);
+const READY_WITHIN: Duration = Duration::from_secs(120);
+/// The same for the way out.
+const ENDED_WITHIN: Duration = Duration::from_secs(60);
 
 /// A running agent; killed (without a chance to tidy up) when dropped.
 pub struct Agent {
@@ -119,7 +121,7 @@ impl Agent {
     /// SIGTERM, then waits for its end.
     pub fn terminate(&mut self) -> anyhow::Result<()> {
         succeed(Command::new("kill").arg(self.child.id().to_string()))?;
-        wait_for("the agent to end", Duration::from_secs(10), || {
+        wait_for("the agent to end", ENDED_WITHIN, || {
             self.child.try_wait().is_ok_and(|status| status.is_some())
         })
     }

@@ -299,7 +299,7 @@ fn calls_during_migrations_of_the_flow_table_all_succeed() {
     let service = Service::on(&cluster, "resized", 70, &["pod-1a", "pod-2a"]);
     cluster.serve(&service).unwrap();
     let loads = calls_from_everywhere(&cluster, &service).unwrap();
-    for flows in [300_000, 500_000, 200_000, 400_000, 300_000, 500_000] {
+    for flows in [300_000, 500_000, 200_000] {
         cluster.agent(1).terminate().unwrap();
         cluster.restart_agent(1, &[&format!("--max-flows={flows}")]).unwrap();
     }
