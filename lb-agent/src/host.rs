@@ -25,7 +25,10 @@ use lb_common::nat::PortRange;
 use tokio::{sync::watch, time::timeout};
 use tracing::{info, warn};
 
-use crate::datapath::{Attached, Datapath, Role};
+use crate::{
+    datapath::{Attached, Datapath, Role},
+    maps::wait_in_place,
+};
 use netfilter::{Chain, Family};
 
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -115,7 +118,8 @@ pub async fn watch(
         changes.mark_unchanged();
         let devices = datapath.attached();
         let ipv6 = addresses.borrow().iter().any(std::net::IpAddr::is_ipv6);
-        let found = check(&Subject { devices: &devices, ipv6, snat_ports });
+        // Some rule sets are long.
+        let found = wait_in_place(|| check(&Subject { devices: &devices, ipv6, snat_ports }));
         report(&mut known, &found);
         findings.send_if_modified(|old| {
             let new = *old != found;

@@ -34,8 +34,8 @@ mod stats;
 mod sys;
 mod table;
 
-pub(crate) use apply::wait_for_packets;
 pub use apply::{Applied, Refused};
+pub(crate) use apply::{wait_for_packets, wait_in_place};
 pub use clock::{ClockError, KernelClock};
 pub use devices::Devices;
 pub use epochs::FlowEpochs;

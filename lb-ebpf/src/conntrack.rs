@@ -122,11 +122,10 @@ pub fn open<A: Net>(
     if !inserted && !take_over(reply_key, reply, TIME_WAIT_S) {
         return Err(Counter::DropSnatExhausted);
     }
+    // Before anybody may use the flow: another CPU does as soon as it finds the entry.
+    cache::renew_nothing(reply_key);
     match A::put_flow(key, flow, NOEXIST) {
-        Ok(()) => {
-            cache::renew_nothing(reply_key);
-            Ok(())
-        }
+        Ok(()) => Ok(()),
         Err(EEXIST) => adopt(key, flow, reply_key),
         Err(_) => {
             A::remove_flow(reply_key);

@@ -119,6 +119,7 @@ impl Lab {
         let (answer_ping, masquerade_all) = (u8::from(options.answer_ping), u8::from(options.masquerade_all));
         let cpus = nr_cpus().map_err(|(_, e)| e)? as u32;
         let cache_slots = flow_cache::slots_per_cpu(options.flow_cache, cpus);
+        ensure!((cache_slots == 0) == (options.flow_cache == 0), "no slots for each of {cpus} CPUs");
         let mut loader = EbpfLoader::new();
         loader
             .override_global(global::JIFFIES_PER_S, &options.jiffies_per_s, true)
@@ -486,6 +487,16 @@ impl Lab {
         let mut map = self.hash::<Neighbour, u32>(name::NEIGHBOURS);
         let entries: Vec<_> = map.iter().collect::<Result<_, _>>()?;
         entries.into_iter().try_for_each(|(key, sent)| Ok(map.insert(key, sent.wrapping_sub(1 << 30), 0)?))
+    }
+
+    /// All epochs, to be put back by [`Self::set_epochs`]: then nobody has been told of what happened in between.
+    pub fn epochs(&mut self) -> Result<Vec<u64>> {
+        Ok(self.array::<u64>(name::FLOW_EPOCHS).iter().collect::<Result<_, _>>()?)
+    }
+
+    pub fn set_epochs(&mut self, epochs: &[u64]) -> Result<()> {
+        let mut map = self.array::<u64>(name::FLOW_EPOCHS);
+        (0..).zip(epochs).try_for_each(|(i, epoch)| Ok(map.set(i, *epoch, 0)?))
     }
 
     /// What the agent does when a flow or a way out has changed.

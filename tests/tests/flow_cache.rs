@@ -3,6 +3,7 @@
 use std::{net::IpAddr, process::Command, thread::sleep, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use aya::util::nr_cpus;
 use lb_common::{conntrack::flags, proto};
 use lb_tests::{
     frame::Frame,
@@ -132,7 +133,12 @@ fn a_flow_ends_what_was_noted_about_the_tuple_of_its_answers() -> Result<()> {
             for _ in 0..ENOUGH {
                 assert_eq!(lab.run(Hook::Egress, ext, &answer)?.1, answer, "none of ours");
             }
+            let before = lab.epochs()?;
             lab.run(Hook::Ingress, ext, &request.bytes())?;
+            let after = lab.epochs()?;
+            lab.set_epochs(&before)?;
+            assert_eq!(lab.run(Hook::Egress, ext, &answer)?.1, answer, "not noted");
+            lab.set_epochs(&after)?;
             let (action, out) = lab.run(Hook::Egress, ext, &answer)?;
             assert_eq!(action, Action::Pass);
             assert_frame("from the Service", &out, &request.between((n.vip, 80), (n.client, 40_000)).bytes());
@@ -212,7 +218,8 @@ fn caches_change_nothing_about_any_packet() -> Result<()> {
     for (hook, sent) in [(Hook::Xdp, Action::Tx), (Hook::Ingress, Action::Redirect)] {
         let plain = all(hook, 0)?;
         ensure!(plain.iter().any(|(action, _)| *action == sent));
-        for flow_cache in [1024, 16] {
+        let tiny = 8 * u32::try_from(nr_cpus().map_err(|(_, e)| e)?)?;
+        for flow_cache in [1024, tiny] {
             let cached = all(hook, flow_cache)?;
             assert_eq!(cached.len(), plain.len());
             for (i, (with, without)) in cached.iter().zip(&plain).enumerate() {

@@ -116,6 +116,8 @@ impl Attacher {
             });
             match attached {
                 Ok(()) => {
+                    // First: the qdisc goes with its last filter.
+                    release_beside(link.ifindex, links).map_err(fail(program::TC_INGRESS))?;
                     release_clsact(link.ifindex, links).map_err(fail(program::TC_INGRESS))?;
                     return Ok(Tc::Tcx);
                 }

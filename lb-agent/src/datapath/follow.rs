@@ -30,6 +30,7 @@ use super::{
     state_dir,
     watch::{self, Change, Events},
 };
+use crate::maps::wait_in_place;
 
 /// How often hooks are looked at without an event: somebody may have taken our programs off.
 const RESYNC: Duration = Duration::from_secs(30);
@@ -112,7 +113,8 @@ impl Follower {
         let roles = roles(&self.datapath, &links, &context);
         report_unhandled(&links, &mut self.unhandled);
         self.put_node(&links, &roles, &context);
-        self.datapath.apply(&links, &roles, verify, self.sink.as_ref());
+        // Each hook takes the kernel's lock on devices, and a grace period.
+        wait_in_place(|| self.datapath.apply(&links, &roles, verify, self.sink.as_ref()));
         let first = !std::mem::replace(&mut self.settled, true);
         if first {
             self.datapath.settle(&links, &roles, self.sink.as_ref()).await;
@@ -277,15 +279,17 @@ impl Datapath {
             if let Some(Err(error)) = self.blocking(Self::switch_flows).await {
                 warn!(%error, "flows cannot be moved to the new table: new ones of the last moment may break");
             }
-            self.apply(links, roles, true, sink);
+            wait_in_place(|| self.apply(links, roles, true, sink));
         }
         if let Some(Err(error)) = self.blocking(Self::finish_migration).await {
             warn!(%error, "the rest of an old map cannot be copied: new flows of the last moment may break");
         }
-        if let Err(error) = self.supersede_other_versions() {
-            warn!(%error, "what another version of the agent left cannot be removed; run lb-agent cleanup once");
-        }
-        self.forget_strangers(sink, links);
+        wait_in_place(|| {
+            if let Err(error) = self.supersede_other_versions() {
+                warn!(%error, "what another version of the agent left cannot be removed; run lb-agent cleanup once");
+            }
+            self.forget_strangers(sink, links);
+        });
     }
 
     /// Copying millions of flows takes seconds.

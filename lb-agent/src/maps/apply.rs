@@ -372,8 +372,8 @@ pub(crate) fn wait_for_packets() {
     }
 }
 
-/// Waits wherever a plan is carried out: on a thread of the runtime, other tasks go on elsewhere meanwhile.
-fn wait_in_place(wait: impl FnOnce()) {
+/// Waits for the kernel in the middle of a task: on a thread of the runtime, other tasks go on elsewhere meanwhile.
+pub(crate) fn wait_in_place<T>(wait: impl FnOnce() -> T) -> T {
     match Handle::try_current() {
         Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(wait),
         _ => wait(),
