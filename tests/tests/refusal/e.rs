@@ -180,9 +180,8 @@ fn write_ingress(cluster: &Cluster, service: &Service, ingress: &[(IpAddr, Optio
 
 /// Whether a datagram of pod-1b to this address gets to the router, which has the address.
 fn leaves(cluster: &Cluster, to: IpAddr, port: u16) -> bool {
-    let bits = if to.is_ipv4() { 32 } else { 128 };
-    let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
-    cluster.router.ip(&[format!("addr add {to}/{bits} dev lo")]).unwrap();
+    let (family, bits, flags) = if to.is_ipv4() { (Family::V4, 32, "") } else { (Family::V6, 128, "nodad") };
+    cluster.router.ip(&[format!("addr add {to}/{bits} dev lo {flags}")]).unwrap();
     let router = cluster.router.run(|| UdpSocket::bind((to, port))).unwrap().unwrap();
     router.set_read_timeout(Some(Duration::from_millis(NO_ANSWER_MS))).unwrap();
     let socket = raw::udp(cluster.pod("pod-1b"), family, 0).unwrap();

@@ -121,7 +121,7 @@ impl Beyond {
                 if ip.is_ipv4() {
                     format!("addr add {ip}/32 dev lo")
                 } else {
-                    format!("addr add {ip}/128 dev lo")
+                    format!("addr add {ip}/128 dev lo nodad")
                 }
             })
             .collect();
