@@ -33,8 +33,10 @@ pub const NEXT: i32 = -1;
 const SHOT: i32 = 2;
 /// Not a code of the kernel: `transit` asks for an ICMP error. It does not send that itself, for the stack's sake.
 pub const ANSWER: i32 = i32::MIN;
-/// Not a code of the kernel either: the tables have to be asked.
+/// Not a code of the kernel either: the tables have to be asked about a plain packet, which has been read.
 const LONG_WAY: i32 = i32::MIN + 1;
+/// Nor this: the packet has not been read.
+const NOT_PLAIN: i32 = i32::MIN + 2;
 
 /// What a step did: the code to return, or why the packet is dropped.
 pub type Outcome = Result<i32, Counter>;
@@ -94,12 +96,14 @@ pub fn action(outcome: Outcome) -> i32 {
 
 #[inline(always)]
 fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
-    match noted::<A>(skb, l3, hook::INGRESS) {
-        LONG_WAY => {}
-        code => return Ok(code),
+    let noted = noted::<A>(skb, l3, hook::INGRESS);
+    if noted != LONG_WAY && noted != NOT_PLAIN {
+        return Ok(noted);
     }
     let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
-    match parse(skb, l3, p) {
+    p.ifindex = skb.ifindex();
+    p.addressee.kind = skb.packet_type();
+    match if noted == LONG_WAY { Parsed::Packet } else { parse(skb, l3, p) } {
         Parsed::Packet if p.is_first_fragment() => {
             if !fragments::on_first(skb, p) {
                 return Err(Counter::DropRewriteFailed);
@@ -139,12 +143,14 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
 
 #[inline(always)]
 fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
-    match noted::<A>(skb, l3, hook::EGRESS) {
-        LONG_WAY => {}
-        code => return Ok(code),
+    let noted = noted::<A>(skb, l3, hook::EGRESS);
+    if noted != LONG_WAY && noted != NOT_PLAIN {
+        return Ok(noted);
     }
     let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
-    match parse(skb, l3, p) {
+    p.ifindex = skb.ifindex();
+    p.addressee.kind = skb.packet_type();
+    match if noted == LONG_WAY { Parsed::Packet } else { parse(skb, l3, p) } {
         Parsed::Packet => {}
         Parsed::IcmpError => return Ok(icmp::translate(skb, p, flags::AT_EGRESS)),
         Parsed::Echo | Parsed::Other => return Ok(NEXT),
@@ -169,13 +175,13 @@ fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
     Ok(NEXT)
 }
 
-/// What this CPU has noted about the packet's flow, done; [`LONG_WAY`] if there is more to it.
+/// What this CPU has noted about the packet's flow, done; [`LONG_WAY`] or [`NOT_PLAIN`] if there is more to it.
 #[inline(always)]
 fn noted<A: Family>(skb: Skb, l3: u32, hook: u8) -> i32 {
-    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return LONG_WAY };
-    *place = Place::NOWHERE;
-    if globals::flow_cache_slots() == 0 || l3 != ETHERNET_BYTES || !read_plain(skb, p) {
-        return LONG_WAY;
+    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return NOT_PLAIN };
+    if l3 != ETHERNET_BYTES || !read_plain(skb, p) {
+        *place = Place::NOWHERE;
+        return NOT_PLAIN;
     }
     *place = Place::of(p, hook);
     let code = match cache::find(p, place) {
@@ -189,7 +195,7 @@ fn noted<A: Family>(skb: Skb, l3: u32, hook: u8) -> i32 {
     code
 }
 
-/// Fills `p` so far as the short way needs it. False if the packet is not plain.
+/// Fills `p` but for the device and the addressee. False if the packet is not plain.
 #[inline(always)]
 fn read_plain<A: Family>(skb: Skb, p: &mut Packet<A>) -> bool {
     let frame = Frame::of_skb(skb);
@@ -236,9 +242,7 @@ fn send_noted<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> Out
 
 #[inline(always)]
 fn parse<A: Family>(skb: Skb, l3: u32, p: &mut Packet<A>) -> Parsed {
-    p.ifindex = skb.ifindex();
     p.now = conntrack::now();
-    p.addressee.kind = skb.packet_type();
     A::parse(skb, l3, p)
 }
 
