@@ -31,7 +31,7 @@ mod mmap;
 mod ranges;
 mod scrape;
 mod stats;
-mod sys;
+pub(crate) mod sys;
 mod table;
 
 pub use apply::{Applied, Refused};

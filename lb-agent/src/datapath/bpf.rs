@@ -53,7 +53,7 @@ pub enum XdpMode {
     Native = 1 << 2,
 }
 
-pub(super) fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is one of the zero-padded repr(C) structs below, which start as the command's part of union bpf_attr
     // does; the kernel takes missing trailing fields as zero. Pointers in it are to live buffers of the stated size.
     let done = unsafe {
@@ -68,7 +68,7 @@ fn bpf_fd<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-pub(super) fn raw(fd: BorrowedFd<'_>) -> u32 {
+fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd() as u32
 }
 

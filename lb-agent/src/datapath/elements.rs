@@ -2,12 +2,7 @@
 
 use std::{io, os::fd::BorrowedFd};
 
-use super::bpf::{bpf, raw};
-
-// enum bpf_cmd, include/uapi/linux/bpf.h.
-const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
-const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
-const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+use crate::maps::sys::{Command, elem};
 
 /// Flags of an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,39 +15,27 @@ pub enum Write {
     Replace = 2,
 }
 
-#[repr(C)]
-struct ElementAttr {
-    map_fd: u32,
-    _pad: u32,
-    key: u64,
-    value: u64,
-    flags: u64,
-}
-
-impl ElementAttr {
-    fn new(map: BorrowedFd<'_>, key: &[u8], value: *const u8, flags: u64) -> Self {
-        Self { map_fd: raw(map), _pad: 0, key: key.as_ptr() as u64, value: value as u64, flags }
-    }
-}
-
 /// Writes one entry.
 pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], how: Write) -> io::Result<()> {
-    bpf(BPF_MAP_UPDATE_ELEM, &mut ElementAttr::new(map, key, value.as_ptr(), how as u64)).map(drop)
+    // SAFETY: both have the map's sizes.
+    unsafe { elem(map, Command::UpdateElem, key.as_ptr() as u64, value.as_ptr() as u64, how as u64) }
 }
 
 /// Reads one entry into `value`; false if there is none.
 pub fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
-    found(bpf(BPF_MAP_LOOKUP_ELEM, &mut ElementAttr::new(map, key, value.as_mut_ptr(), 0)))
+    // SAFETY: both have the map's sizes.
+    found(unsafe { elem(map, Command::LookupElem, key.as_ptr() as u64, value.as_mut_ptr() as u64, 0) })
 }
 
 /// Deletes one entry; false if there was none.
 pub fn delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
-    found(bpf(BPF_MAP_DELETE_ELEM, &mut ElementAttr::new(map, key, std::ptr::null(), 0)))
+    // SAFETY: the key has the map's size.
+    found(unsafe { elem(map, Command::DeleteElem, key.as_ptr() as u64, 0, 0) })
 }
 
-fn found(done: io::Result<libc::c_long>) -> io::Result<bool> {
+fn found(done: io::Result<()>) -> io::Result<bool> {
     match done {
-        Ok(_) => Ok(true),
+        Ok(()) => Ok(true),
         Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
         Err(e) => Err(e),
     }

@@ -9,7 +9,7 @@ use std::{
 /// Commands of bpf(2) (`enum bpf_cmd` in linux/bpf.h).
 #[derive(Clone, Copy, Debug)]
 #[repr(u32)]
-pub(super) enum Command {
+pub(crate) enum Command {
     LookupElem = 1,
     UpdateElem = 2,
     DeleteElem = 3,
@@ -62,7 +62,7 @@ pub(super) const BPF_EXIST: u64 = 2;
 /// # Safety
 /// `key` must point at key-size bytes of the map, `value` at value-size bytes (not read or written by a deletion). For
 /// [`Command::GetNextKey`], `key` may be 0 and `value` must point at key-size bytes.
-pub(super) unsafe fn elem(
+pub(crate) unsafe fn elem(
     fd: BorrowedFd<'_>,
     command: Command,
     key: u64,

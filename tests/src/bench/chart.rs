@@ -1,6 +1,6 @@
 //! Bar charts as SVG: a bar per row, our part above the baseline in another colour.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeSet, fmt::Write as _};
 
 use super::report::Row;
 
@@ -12,10 +12,11 @@ const TOP: usize = 44;
 
 /// Charts by file name: of each item whose rows are times.
 pub fn all(rows: &[Row]) -> Vec<(String, String)> {
-    let mut ids: Vec<&str> = rows.iter().filter(|r| is_shown(r)).map(|r| r.id).collect();
-    ids.dedup();
+    // Rows of one item may come in several groups.
+    let mut seen = BTreeSet::new();
+    let ids = rows.iter().filter(|r| is_shown(r)).map(|r| r.id).filter(|id| seen.insert(*id));
     let of = |id: &str| rows.iter().filter(|r| r.id == id && is_shown(r)).collect::<Vec<_>>();
-    ids.into_iter().map(|id| (format!("{}.svg", id.to_lowercase()), chart(id, &of(id)))).collect()
+    ids.map(|id| (format!("{}.svg", id.to_lowercase()), chart(id, &of(id)))).collect()
 }
 
 fn is_shown(row: &Row) -> bool {

@@ -31,11 +31,12 @@ mod tests {
 
     #[test]
     fn only_the_results_are_replaced() {
-        let rows = [Row::value("P1", "a", "ns", 1.0)];
+        let rows = ["P1", "L1", "P1"].map(|id| Row::value(id, "a", "ns", 1.0));
         let text = format!("intro\n{BEGIN}\nold\n{END}\nrest\n");
         let new = with_results(&text, &[("kernel", "6".into())], &rows).unwrap();
         assert!(new.starts_with("intro\n") && new.ends_with("\nrest\n"), "{new}");
         assert!(new.contains("* kernel: 6") && new.contains("benchmarks/p1.svg") && !new.contains("old"));
+        assert_eq!(new.matches("benchmarks/p1.svg").count(), 1, "{new}");
         assert_eq!(with_results(&new, &[("kernel", "6".into())], &rows).unwrap(), new);
         assert!(with_results("nothing", &[], &rows).is_err());
     }
