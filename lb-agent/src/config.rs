@@ -2,6 +2,7 @@
 //! reason and what is allowed.
 
 mod kubeproxy;
+mod machine;
 mod options;
 mod values;
 

@@ -24,6 +24,7 @@ mod migrate;
 mod neighbours;
 pub(crate) mod netlink;
 mod state_dir;
+mod statistics;
 mod trace;
 mod watch;
 

@@ -29,8 +29,8 @@ pub struct CachedFlow<A> {
     pub dst: A,
     /// Both ports after rewriting, as a header starts with them.
     pub ports: u32,
-    /// Index into `SERVICES`.
-    pub service: u32,
+    /// Index into `SERVICE_STATS`: where this CPU counts the packets.
+    pub counted_at: u32,
     /// Kernel jiffies (low 32 bits) when the flow table's entry was stamped.
     pub stamped: u32,
     /// Low half of the tuple's epoch.
@@ -181,7 +181,7 @@ impl<A: Addr> CachedFlow<A> {
         Tuple::new(self.src, Be16::from_raw(sport), self.dst, Be16::from_raw(dport), proto)
     }
 
-    /// Makes this the entry for packets of `key`, but for the next hop, hook and way.
+    /// Makes this the entry for packets of `key`, but for the next hop, hook, way and where they are counted.
     #[inline(always)]
     pub fn fill(&mut self, key: &Tuple<A>, flow: &Flow<A>, epoch: u32) {
         use crate::checksum::Sum;
@@ -191,7 +191,6 @@ impl<A: Addr> CachedFlow<A> {
         self.src = flow.src;
         self.dst = flow.dst;
         self.ports = flow.ports();
-        self.service = flow.service;
         self.stamped = flow.last_seen;
         self.epoch = epoch;
         self.l4_delta = all.fold16();

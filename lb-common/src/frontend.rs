@@ -137,7 +137,7 @@ impl ServiceName {
 
 map_type!(ServiceName, size = ServiceName::CAPACITY_BYTES);
 
-/// Per-CPU element of `SERVICE_STATS`.
+/// Element of `SERVICE_STATS`: what one CPU has counted of a Service.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceStats {
@@ -152,6 +152,13 @@ pub struct ServiceStats {
 }
 
 map_type!(ServiceStats, size = 32);
+
+/// Index into `SERVICE_STATS`: each CPU has a part of its own, of as many elements as there are `records`. Not a per-CPU array,
+/// where each element is found by a pointer that has to be read first.
+#[inline(always)]
+pub const fn stats_index(cpu: u32, records: u32, service: u32) -> u32 {
+    cpu * records + service
+}
 
 #[cfg(test)]
 mod tests {

@@ -12,7 +12,7 @@ pub mod name {
     /// ARRAY (mmap), backend id to [`Backend<V4>`](crate::backend::Backend). Id 0 is never used.
     pub const BACKENDS4: &str = "BACKENDS4";
     pub const BACKENDS6: &str = "BACKENDS6";
-    /// HASH without preallocation, [`Tuple<V4>`](crate::tuple::Tuple) to [`Flow<V4>`](crate::conntrack::Flow).
+    /// HASH, [`Tuple<V4>`](crate::tuple::Tuple) to [`Flow<V4>`](crate::conntrack::Flow).
     pub const FLOWS4: &str = "FLOWS4";
     pub const FLOWS6: &str = "FLOWS6";
     /// LRU_HASH, [`AffinityKey`](crate::affinity::AffinityKey) to [`AffinityValue`](crate::affinity::AffinityValue).
@@ -22,7 +22,7 @@ pub mod name {
     pub const AFFINITY_MEMBERS: &str = "AFFINITY_MEMBERS";
     /// HASH without preallocation, service index to [`ServiceName`](crate::frontend::ServiceName).
     pub const SERVICE_NAMES: &str = "SERVICE_NAMES";
-    /// PERCPU_ARRAY, service index to [`ServiceStats`](crate::frontend::ServiceStats).
+    /// ARRAY (mmap) of [`ServiceStats`](crate::frontend::ServiceStats), by [`stats_index`](crate::frontend::stats_index).
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
     /// PERCPU_ARRAY, [`Counter`](crate::verdict::Counter) to u64.
     pub const COUNTERS: &str = "COUNTERS";
@@ -96,8 +96,31 @@ pub mod capacity {
     pub const SLOTS: u32 = 501_760;
     /// Backends per family.
     pub const BACKENDS: u32 = 131_072;
-    /// Flows per family; each takes two entries.
-    pub const FLOWS: u32 = 1_000_000;
+    /// Flows per family; each takes two entries. What nf_conntrack has by default where there is memory for it
+    /// (nf_conntrack_init_start); the agent chooses by [`flows`].
+    pub const FLOWS: u32 = 262_144;
+    /// Flows per CPU: kube-proxy's conntrack.maxPerCore.
+    pub const FLOWS_PER_CPU: u32 = 32_768;
+    /// Bytes that both families' tables take for each flow that fits: two entries of 96 and of 144 bytes (a key, a value and
+    /// 48 bytes of the kernel's), and twice two buckets of 16. All of it is allocated when the tables are made.
+    pub const FLOW_BYTES: u64 = 2 * (96 + 144) + 4 * 16;
+    /// The part of the memory that flow tables take by default: one in so many bytes.
+    pub const FLOWS_OF_MEMORY: u64 = 64;
+
+    /// Flows per family by default, on a node with so many CPUs and bytes of memory: a power of two, as the kernel's number
+    /// of buckets is.
+    pub const fn flows(cpus: u32, memory_bytes: u64) -> u32 {
+        let affordable = memory_bytes / FLOWS_OF_MEMORY / FLOW_BYTES;
+        let mut flows =
+            if cpus > 64 { 64 * FLOWS_PER_CPU } else { (cpus * FLOWS_PER_CPU).next_power_of_two() };
+        if flows < FLOWS {
+            flows = FLOWS;
+        }
+        while flows as u64 > affordable && flows > FLOWS / 16 {
+            flows /= 2;
+        }
+        flows
+    }
     /// Slots of the flow cache for IPv4, all CPUs together: 32 MB. IPv6 has a quarter as many, of twice the size: 16 MB.
     pub const FLOW_CACHE: u32 = 524_288;
     /// Clients with session affinity, per family.
@@ -137,6 +160,8 @@ pub mod global {
     pub const ANSWER_PING: &str = "ANSWER_PING";
     /// u8: 1 gives all packets to ClusterIPs an address of this node (rule D2).
     pub const MASQUERADE_ALL: &str = "MASQUERADE_ALL";
+    /// u32: length of `SERVICES`, and of each CPU's part of `SERVICE_STATS`.
+    pub const SERVICE_RECORDS: &str = "SERVICE_RECORDS";
     /// u32: slots of the flow cache for IPv4 of each CPU, a power of two; IPv6 has a quarter as many; 0 switches it off.
     pub const FLOW_CACHE_SLOTS: &str = "FLOW_CACHE_SLOTS";
 }
@@ -169,4 +194,22 @@ pub mod program {
     /// The socket hooks.
     pub const SOCKET: [&str; 8] =
         [CONNECT4, CONNECT6, SENDMSG4, SENDMSG6, RECVMSG4, RECVMSG6, GETPEERNAME4, GETPEERNAME6];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::capacity::flows;
+
+    #[test]
+    fn flow_tables_follow_the_node() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(flows(2, 24 * GIB), 262_144);
+        assert_eq!(flows(2, 8 * GIB), 131_072);
+        assert_eq!(flows(2, 2 * GIB), 32_768);
+        assert_eq!(flows(1, GIB / 4), 16_384, "never less");
+        assert_eq!(flows(12, 64 * GIB), 524_288);
+        assert_eq!(flows(64, 256 * GIB), 2_097_152);
+        assert_eq!(flows(64, 64 * GIB), 1_048_576);
+        assert_eq!(flows(4096, 4096 * GIB), 2_097_152, "never more");
+    }
 }

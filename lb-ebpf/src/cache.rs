@@ -9,7 +9,7 @@ use lb_common::{
 };
 
 use crate::{
-    forward, globals, maps,
+    forward, globals, maps, metrics,
     net::{Net, Packet, Scratch},
 };
 
@@ -65,7 +65,8 @@ impl Place {
 /// What is known about the packet's flow, if that is all there is to know: a packet with news has to be seen by the table.
 #[inline(always)]
 pub fn find<A: Net>(p: &Packet<A>, place: &Place) -> Option<&'static CachedFlow<A>> {
-    if globals::flow_cache_slots() == 0 {
+    // Whoever opens a flow touches enough cold memory as it is.
+    if globals::flow_cache_slots() == 0 || news(p) & !tcp::ACK != 0 {
         return None;
     }
     let mut cached = A::cached(place.slot)?;
@@ -81,9 +82,7 @@ pub fn find<A: Net>(p: &Packet<A>, place: &Place) -> Option<&'static CachedFlow<
     let cached = unsafe { &*cached };
     let current =
         if cached.way == way::NOTHING { epoch(nothing_epoch_index(place.hash))? } else { place.epoch };
-    let is_current = cached.epoch == current
-        && !is_stale(cached.stamped, p.now, globals::jiffies_per_s())
-        && news(p) & !tcp::ACK == 0;
+    let is_current = cached.epoch == current && !is_stale(cached.stamped, p.now, globals::jiffies_per_s());
     if is_current { Some(cached) } else { None }
 }
 
@@ -130,6 +129,7 @@ fn note<A: Net>(flow: &Flow<A>, way: u32) -> u32 {
         hop.ifindex = fib.ifindex as u16;
     }
     cached.fill(&p.tuple, flow, place.epoch);
+    cached.counted_at = metrics::place_of(flow.service);
     cached.hook = place.hook;
     cached.way = way as u8;
     0

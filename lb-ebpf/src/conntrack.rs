@@ -182,6 +182,10 @@ fn adopt<A: Net>(key: &Tuple<A>, flow: &mut Flow<A>, reply_key: &Tuple<A>) -> Re
     };
     // SAFETY: a map value, valid for the program's run.
     *flow = unsafe { *theirs };
+    // Theirs may go elsewhere.
+    if let Some(Scratch { is_routed, .. }) = A::scratch() {
+        *is_routed = 0;
+    }
     if flow.rewritten(key.proto).reversed() != *reply_key {
         A::remove_flow(reply_key);
     }

@@ -83,11 +83,26 @@ pub fn route<A: Net>(ctx: *mut c_void, p: &Packet<A>, src: &A, dst: &A, ip_bytes
     unsafe { bpf_fib_lookup(ctx, (fib as *mut Fib).cast(), size_of::<Fib>() as i32, 0) as i64 }
 }
 
+/// [`route`] for a packet in transit to `dst`, unless opening its flow has asked before. The kernel routes what it forwards
+/// before it gives it another source (POSTROUTING), so rules by source see the packet's own.
+#[inline(always)]
+pub fn onward<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: &A, fib: &mut Fib, is_routed: u32) -> i64 {
+    if is_routed != 0 {
+        return result::SUCCESS;
+    }
+    route(ctx, p, &p.tuple.src, dst, p.wire_bytes as u16, fib)
+}
+
 /// The address of this node that a packet to `dst` leaves under: that of the device the route names, or the node's own.
 #[inline(always)]
 pub fn snat_addr<A: Net>(ctx: *mut c_void, p: &Packet<A>, dst: A, is_local: bool) -> Result<A, Counter> {
-    let Some(Scratch { fib, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
-    let code = route(ctx, p, &p.tuple.src, &dst, 0, fib);
+    let Some(Scratch { fib, is_routed, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
+    let mut code = route(ctx, p, &p.tuple.src, &dst, p.wire_bytes as u16, fib);
+    *is_routed = (code == result::SUCCESS) as u32;
+    if code == result::FRAG_NEEDED {
+        // Then the kernel names no device.
+        code = route(ctx, p, &p.tuple.src, &dst, 0, fib);
+    }
     // A packet that is too big for the link gets its flow too: whoever forwards it tells the sender.
     if !matches!(code, result::SUCCESS | result::NO_NEIGH | result::FRAG_NEEDED) {
         return Err(Counter::DropNoRoute);

@@ -20,6 +20,8 @@ static ANSWER_PING: Global<u8> = Global::new(0);
 #[unsafe(no_mangle)]
 static MASQUERADE_ALL: Global<u8> = Global::new(0);
 #[unsafe(no_mangle)]
+static SERVICE_RECORDS: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
 static FLOW_CACHE_SLOTS: Global<u32> = Global::new(0);
 
 #[inline(always)]
@@ -65,4 +67,10 @@ pub fn masquerade_all() -> bool {
 #[inline(always)]
 pub fn flow_cache_slots() -> u32 {
     FLOW_CACHE_SLOTS.load()
+}
+
+/// Length of `SERVICES`, and of each CPU's part of `SERVICE_STATS`.
+#[inline(always)]
+pub fn service_records() -> u32 {
+    SERVICE_RECORDS.load()
 }

@@ -44,9 +44,9 @@ pub static BACKENDS4: Array<Backend<V4>, { capacity::BACKENDS as usize }, MMAP> 
 #[btf_map]
 pub static BACKENDS6: Array<Backend<V6>, { capacity::BACKENDS as usize }, MMAP> = Array::new();
 #[btf_map]
-pub static FLOWS4: HashMap<Tuple<V4>, Flow<V4>, { 2 * capacity::FLOWS as usize }, ON_DEMAND> = HashMap::new();
+pub static FLOWS4: HashMap<Tuple<V4>, Flow<V4>, { 2 * capacity::FLOWS as usize }> = HashMap::new();
 #[btf_map]
-pub static FLOWS6: HashMap<Tuple<V6>, Flow<V6>, { 2 * capacity::FLOWS as usize }, ON_DEMAND> = HashMap::new();
+pub static FLOWS6: HashMap<Tuple<V6>, Flow<V6>, { 2 * capacity::FLOWS as usize }> = HashMap::new();
 #[btf_map]
 pub static FLOW_EPOCHS: Array<u64, { ALL_EPOCHS as usize }, MMAP> = Array::new();
 // Not written by the agent: the flag puts elements at the beginning of a page, and so each into a line of its own.
@@ -67,7 +67,7 @@ pub static AFFINITY_MEMBERS: HashMap<MemberKey, u32, { capacity::AFFINITY_MEMBER
 pub static SERVICE_NAMES: HashMap<u32, ServiceName, { capacity::SERVICES as usize }, ON_DEMAND> =
     HashMap::new();
 #[btf_map]
-pub static SERVICE_STATS: PerCpuArray<ServiceStats, { capacity::SERVICES as usize }> = PerCpuArray::new();
+pub static SERVICE_STATS: Array<ServiceStats, { capacity::SERVICES as usize }, MMAP> = Array::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Counter::COUNT as usize }> = PerCpuArray::new();
 #[btf_map]

@@ -1,8 +1,9 @@
 //! Per-CPU counters.
 
-use lb_common::verdict::Counter;
+use aya_ebpf::helpers::bpf_get_smp_processor_id;
+use lb_common::{frontend::stats_index, verdict::Counter};
 
-use crate::maps;
+use crate::{globals, maps};
 
 /// Counts one event.
 #[inline(always)]
@@ -13,11 +14,19 @@ pub fn count(counter: Counter) {
     }
 }
 
-/// Counts translated packets of a Service.
+/// Where this CPU counts what is of a Service: an index into `SERVICE_STATS`.
 #[inline(always)]
-pub fn count_service(service: u32, packets: u32, bytes: u32, by_xdp: bool) {
-    if let Some(s) = maps::SERVICE_STATS.get_ptr_mut(service) {
-        // SAFETY: an element of this CPU's own copy.
+pub fn place_of(service: u32) -> u32 {
+    // SAFETY: no arguments, no effects.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    stats_index(cpu, globals::service_records(), service)
+}
+
+/// Counts translated packets of a Service, by its [`place_of`].
+#[inline(always)]
+pub fn count_service(place: u32, packets: u32, bytes: u32, by_xdp: bool) {
+    if let Some(s) = maps::SERVICE_STATS.get_ptr_mut(place) {
+        // SAFETY: an element of this CPU's part.
         unsafe {
             (*s).packets += packets as u64;
             (*s).bytes += bytes as u64;
@@ -31,8 +40,8 @@ pub fn count_service(service: u32, packets: u32, bytes: u32, by_xdp: bool) {
 /// Counts a new flow or a connected socket of a Service.
 #[inline(always)]
 pub fn count_connection(service: u32) {
-    if let Some(s) = maps::SERVICE_STATS.get_ptr_mut(service) {
-        // SAFETY: an element of this CPU's own copy.
+    if let Some(s) = maps::SERVICE_STATS.get_ptr_mut(place_of(service)) {
+        // SAFETY: an element of this CPU's part.
         unsafe { (*s).connections += 1 };
     }
 }

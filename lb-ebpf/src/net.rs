@@ -219,6 +219,9 @@ pub struct Scratch<A> {
     pub inner: Tuple<A>,
     pub outer: Tuple<A>,
     pub fib: Fib,
+    /// 1 if `fib` is the routing table's answer for this packet already: opening its flow has asked. Set to 0 before the tables
+    /// are asked.
+    pub is_routed: u32,
     /// tc: the next hop that `fib` named.
     pub via: NextHop,
     /// The packet's place in the flow cache.
@@ -251,6 +254,9 @@ pub struct Packet<A> {
     pub l4: u32,
     /// Length from the IP header on, in bytes.
     pub ip_bytes: u32,
+    /// The same of the longest packet that this one is when it goes over a wire: GRO has put packets together. Set before the
+    /// tables are asked.
+    pub wire_bytes: u32,
     /// TTL or hop limit.
     pub ttl: u8,
     /// IPv4: type of service; IPv6: traffic class.

@@ -100,7 +100,8 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
     if noted != LONG_WAY && noted != NOT_PLAIN {
         return Ok(noted);
     }
-    let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
+    let Some(Scratch { packet: p, is_routed, .. }) = A::scratch() else { return Ok(NEXT) };
+    *is_routed = 0;
     p.ifindex = skb.ifindex();
     p.addressee.kind = skb.packet_type();
     match if noted == LONG_WAY { Parsed::Packet } else { parse(skb, l3, p) } {
@@ -119,6 +120,7 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
         },
         Parsed::Other => return Ok(NEXT),
     }
+    p.wire_bytes = wire_bytes(skb, p);
     match lookup::ingress(skb.ctx(), p, Hook::Classifier) {
         Found::Nothing => {
             cache::fill_nothing(p);
@@ -227,7 +229,7 @@ fn send_noted<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> Out
     let hop = &cached.next_hop;
     if cached.way == way::STACK {
         rewrite(skb, p, &new, p.ttl).map_err(|_| Counter::DropRewriteFailed)?;
-        metrics::count_service(cached.service, skb.packets(), p.ip_bytes, false);
+        metrics::count_service(cached.counted_at, skb.packets(), p.ip_bytes, false);
         return Ok(NEXT);
     }
     if p.ttl <= 1 || is_tagged(skb, p) || wire_bytes(skb, p) > hop.mtu as u32 {
@@ -235,7 +237,7 @@ fn send_noted<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> Out
     }
     rewrite(skb, p, &new, p.ttl - 1).map_err(|_| Counter::DropRewriteFailed)?;
     skb.store(0, &hop.macs).map_err(|_| Counter::DropRewriteFailed)?;
-    metrics::count_service(cached.service, skb.packets(), p.ip_bytes, false);
+    metrics::count_service(cached.counted_at, skb.packets(), p.ip_bytes, false);
     // SAFETY: plain integers.
     Ok(unsafe { bpf_redirect(hop.ifindex as u32, 0) } as i32)
 }
@@ -272,7 +274,7 @@ fn send_on<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
 fn translate<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, ttl: u8) -> Outcome {
     let new = flow.rewritten(p.tuple.proto);
     rewrite(skb, p, &new, ttl).map_err(|_| Counter::DropRewriteFailed)?;
-    metrics::count_service(flow.service, skb.packets(), p.ip_bytes, false);
+    metrics::count_service(metrics::place_of(flow.service), skb.packets(), p.ip_bytes, false);
     Ok(NEXT)
 }
 
@@ -297,13 +299,15 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         // The frame belongs to the VLAN device on top, where it comes by again without its tag.
         return Ok(NEXT);
     }
-    let Some(Scratch { fib, via, error, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
+    let Some(Scratch { fib, is_routed, via, error, .. }) = A::scratch() else {
+        return Err(Counter::DropBadMap);
+    };
     if p.ttl <= 1 {
         metrics::count(Counter::DropTtlExceeded);
         *error = icmp::Error::TIME_EXCEEDED;
         return Ok(ANSWER);
     }
-    let code = forward::route(skb.ctx(), p, &flow.src, &flow.dst, wire_bytes(skb, p) as u16, fib);
+    let code = forward::onward(skb.ctx(), p, &flow.dst, fib, *is_routed);
     match code {
         forward::result::SUCCESS | forward::result::NO_NEIGH => {}
         forward::result::FRAG_NEEDED => {

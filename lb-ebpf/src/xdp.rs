@@ -120,8 +120,10 @@ fn long_way6(ctx: *mut xdp_md) -> u32 {
 
 #[inline(always)]
 fn by_tables<A: Wire>(frame: Frame) -> u32 {
-    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
+    let Some(Scratch { packet: p, place, is_routed, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
     place.before_tables();
+    *is_routed = 0;
+    p.wire_bytes = p.ip_bytes;
     p.addressee.kind = Addressee::ASK_MAC;
     let Some(mac) = frame.read::<[u16; 3]>(0) else { return xdp_action::XDP_PASS };
     p.addressee.mac = bytemuck::cast(mac);
@@ -161,9 +163,9 @@ fn send_cached<A: Wire>(frame: Frame, p: &Packet<A>, cached: &CachedFlow<A>) -> 
         ports: cached.ports,
         l4_delta: Sum::new().add16(cached.l4_delta),
         l3_delta: Sum::new().add16(cached.l3_delta),
-        service: cached.service,
     };
     translate(frame, p, &new, if leaves { p.ttl - 1 } else { p.ttl })?;
+    metrics::count_service(cached.counted_at, 1, p.ip_bytes, true);
     if !leaves {
         return Some(xdp_action::XDP_PASS);
     }
@@ -176,16 +178,17 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     if flow.flags & (flags::HAIRPIN | flags::GONE) != 0 {
         return Some(left_to_tc());
     }
-    let Scratch { fib, .. } = A::scratch()?;
+    let Scratch { fib, is_routed, .. } = A::scratch()?;
     if flow.flags & flags::TRANSIT == 0 {
         translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl)?;
+        metrics::count_service(metrics::place_of(flow.service), 1, p.ip_bytes, true);
         cache::fill(p, flow, way::STACK);
         return Some(xdp_action::XDP_PASS);
     }
     if p.ttl <= 1 {
         return Some(left_to_tc());
     }
-    let code = forward::route(frame.ctx, p, &flow.src, &flow.dst, p.ip_bytes as u16, fib);
+    let code = forward::onward(frame.ctx, p, &flow.dst, fib, *is_routed);
     if code != forward::result::SUCCESS
         || !takes_frames(fib.ifindex, p.ifindex)
         || !forward::is_in_use(fib, p.now)
@@ -193,6 +196,7 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
         return Some(left_to_tc());
     }
     translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl - 1)?;
+    metrics::count_service(metrics::place_of(flow.service), 1, p.ip_bytes, true);
     frame.write_macs(&forward::macs(fib))?;
     cache::fill(p, flow, way::ROUTED);
     Some(leave(fib.ifindex, p.ifindex))
@@ -224,7 +228,6 @@ struct Translation<'a, A> {
     l4_delta: Sum,
     /// Addresses.
     l3_delta: Sum,
-    service: u32,
 }
 
 impl<'a, A: Wire> Translation<'a, A> {
@@ -237,7 +240,6 @@ impl<'a, A: Wire> Translation<'a, A> {
             ports: flow.ports(),
             l4_delta: l3_delta.replace_port(old.sport, flow.sport).replace_port(old.dport, flow.dport),
             l3_delta,
-            service: flow.service,
         }
     }
 }
@@ -254,6 +256,5 @@ fn translate<A: Wire>(frame: Frame, p: &Packet<A>, new: &Translation<A>, ttl: u8
     }
     frame.write(A::L4, new.ports)?;
     A::write_header(frame, p, new, ttl)?;
-    metrics::count_service(new.service, 1, p.ip_bytes, true);
     Some(())
 }

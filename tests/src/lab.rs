@@ -29,7 +29,7 @@ use lb_common::{
     device::{self, Device, Neighbour},
     flow_cache,
     frontend::{FrontendKey, FrontendValue, ServiceRecord, ServiceStats, SlotRange},
-    maps::{global, name, program},
+    maps::{capacity, global, name, program},
     source::{self, SourceRange},
     tuple::Tuple,
     verdict::Counter,
@@ -70,6 +70,8 @@ pub struct Lab {
     next_slot: u32,
     next_service: u32,
     next_backend: u32,
+    /// Length of `SERVICES`.
+    records: u32,
     /// Packets may have been noted as nobody's business since the epochs were renewed.
     has_run: Cell<bool>,
 }
@@ -120,9 +122,12 @@ impl Lab {
         let cpus = nr_cpus().map_err(|(_, e)| e)? as u32;
         let cache_slots = flow_cache::slots_per_cpu(options.flow_cache, cpus);
         ensure!((cache_slots == 0) == (options.flow_cache == 0), "no slots for each of {cpus} CPUs");
+        let records = if options.default_sizes { capacity::SERVICES } else { options.service_entries };
         let mut loader = EbpfLoader::new();
         loader
             .override_global(global::JIFFIES_PER_S, &options.jiffies_per_s, true)
+            .override_global(global::SERVICE_RECORDS, &records, true)
+            .map_max_entries(name::SERVICE_STATS, records * cpus)
             .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
             .map_max_entries(name::FLOW_CACHE4, (cache_slots * cpus).max(4))
             .map_max_entries(name::FLOW_CACHE6, (cache_slots * cpus).max(4) / 4)
@@ -138,7 +143,6 @@ impl Lab {
             (name::FRONTENDS6, 1024),
             (name::SERVICES, options.service_entries),
             (name::SERVICE_NAMES, 64),
-            (name::SERVICE_STATS, options.service_entries),
             (name::SLOTS, 4096),
             (name::BACKENDS4, 256),
             (name::BACKENDS6, 256),
@@ -168,6 +172,7 @@ impl Lab {
             next_slot: 0,
             next_service: 1,
             next_backend: 1,
+            records,
             has_run: Cell::new(false),
         })
     }
@@ -457,14 +462,17 @@ impl Lab {
 
     /// Counters of a Service, over all CPUs.
     pub fn stats(&self, service: u32) -> Result<ServiceStats> {
-        let map: PerCpuArray<_, ServiceStats> =
-            PerCpuArray::try_from(self.ebpf.map(name::SERVICE_STATS).context("no map")?)?;
-        Ok(map.get(&service, 0)?.iter().fold(ServiceStats::default(), |a, b| ServiceStats {
-            packets: a.packets + b.packets,
-            bytes: a.bytes + b.bytes,
-            connections: a.connections + b.connections,
-            xdp_packets: a.xdp_packets + b.xdp_packets,
-        }))
+        let map: Array<_, ServiceStats> =
+            Array::try_from(self.ebpf.map(name::SERVICE_STATS).context("no map")?)?;
+        let mut sum = ServiceStats::default();
+        for cpu in 0..map.len() / self.records {
+            let of_cpu = map.get(&(cpu * self.records + service), 0)?;
+            sum.packets += of_cpu.packets;
+            sum.bytes += of_cpu.bytes;
+            sum.connections += of_cpu.connections;
+            sum.xdp_packets += of_cpu.xdp_packets;
+        }
+        Ok(sum)
     }
 
     /// Empties the flow tables behind the programs' back.

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::{
     EbpfLoader,
     maps::{
-        Map, MapData, MapType, PerCpuArray,
+        Array, Map, MapData, MapType, PerCpuArray,
         lpm_trie::{Key, LpmTrie},
     },
     programs::Xdp,
@@ -524,14 +524,23 @@ fn a_new_name_starts_its_counters_at_zero() -> Result<()> {
     let mut maps = Maps::open(&state.maps())?;
     let cpus = aya::util::nr_cpus().map_err(|(_, e)| e)?;
     let data = MapData::from_pin(state.maps().join(name::SERVICE_STATS))?;
-    let mut raw = PerCpuArray::<_, ServiceStats>::try_from(Map::PerCpuArray(data))?;
-    let stats = ServiceStats { packets: 5, bytes: 600, connections: 2, xdp_packets: 1 };
-    raw.set(1, vec![stats; cpus].try_into()?, 0)?;
+    let mut raw = Array::<_, ServiceStats>::try_from(Map::Array(data))?;
+    let records = raw.len() / cpus as u32;
+    let stats = |packets| ServiceStats { packets, bytes: 600, connections: 2, xdp_packets: 1 };
+    for cpu in 0..cpus as u32 {
+        raw.set(cpu * records + 1, stats(5), 0)?;
+        // Those of the records beside it are none of its business.
+        raw.set(cpu * records, stats(1000), 0)?;
+        raw.set(cpu * records + 2, stats(1000), 0)?;
+    }
     let counters = ServiceCounters::open(&state.maps())?;
     let (n, sum) = (cpus as u64, counters.sum(1)?);
     assert_eq!((sum.packets, sum.bytes, sum.connections, sum.xdp_packets), (5 * n, 600 * n, 2 * n, n));
     maps.apply(&[MapOp::NameService { service: 1, name: "a/b:c".into() }])?;
     assert_eq!(counters.sum(1)?, ServiceStats::default());
+    let packets: Vec<u64> = counters.sums(4)?.iter().map(|s| s.packets).collect();
+    assert_eq!(packets, [1000 * n, 0, 1000 * n, 0]);
+    assert_eq!(counters.sum(records)?, ServiceStats::default(), "beyond the end");
     Ok(())
 }
 

@@ -948,3 +948,44 @@ fn new_flows_use_every_backend() -> Result<()> {
     }
     Ok(())
 }
+
+/// The kernel routes what it forwards before it gives it another source (POSTROUTING): so do rules by source, with each packet of
+/// a flow, whoever routes it.
+#[test]
+fn transit_is_routed_by_the_source_that_packets_come_with() -> Result<()> {
+    const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 0xdd];
+    const WRONG: [u8; 6] = [2, 0, 0, 0, 0, 0xcc];
+    for (n, family, routers) in [
+        (nets()[0], "-4", ["192.0.2.253", "192.0.2.252"]),
+        (nets()[1], "-6", ["2001:db8::fd", "2001:db8::fc"]),
+    ] {
+        let mut lab = Lab::new()?;
+        let ext = external(&mut lab)?;
+        for (router, mac) in routers.iter().zip(["02:00:00:00:00:dd", "02:00:00:00:00:cc"]) {
+            ip(&format!("neigh replace {router} lladdr {mac} dev ext0 nud permanent"))?;
+        }
+        // Requests of this client, and nothing that leaves under an address of ours or the Service's.
+        for (from, router, table) in [(n.client, 0, 100), (n.node, 1, 101), (n.vip, 1, 102)] {
+            ip(&format!("{family} rule add from {from} lookup {table}"))?;
+            ip(&format!("{family} route add default via {} dev ext0 table {table}", routers[router]))?;
+        }
+        one_backend(&mut lab, n, (n.remote_pod, 8080), false)?;
+        let send = |lab: &Lab, frame: &Frame| -> Result<([u8; 6], Vec<u8>)> {
+            let (action, out) = lab.run(Hook::Xdp, ext, &frame.bytes())?;
+            assert_eq!(action, Action::Tx, "{frame:?}");
+            Ok((out[..6].try_into()?, out))
+        };
+        for (client, router) in [(n.client, OTHER), (n.other_client, ROUTER_MAC)] {
+            let request = udp((client, 40_000), (n.vip, 80));
+            let (mac, out) = send(&lab, &request)?;
+            assert_eq!(mac, router, "the packet that opens the flow");
+            let answer = udp((n.remote_pod, 8080), (n.node, source_port(&out, n.vip.is_ipv6())));
+            assert_eq!(send(&lab, &answer)?.0, ROUTER_MAC, "an answer, not {WRONG:x?}");
+            for what in ["by the tables", "by the cache"] {
+                assert_eq!(send(&lab, &request)?.0, router, "{what}");
+                assert_eq!(send(&lab, &answer)?.0, ROUTER_MAC, "{what}");
+            }
+        }
+    }
+    Ok(())
+}

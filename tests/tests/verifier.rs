@@ -315,7 +315,7 @@ fn maps_have_the_layouts_of_the_shared_types() -> Result<()> {
         (name::AFFINITY6, (LruHash, of::<AffinityKey<V6>, AffinityValue>())),
         (name::AFFINITY_MEMBERS, (Hash, of::<MemberKey, u32>())),
         (name::SERVICE_NAMES, (Hash, of::<u32, ServiceName>())),
-        (name::SERVICE_STATS, (PerCpuArray, of::<u32, ServiceStats>())),
+        (name::SERVICE_STATS, (Array, of::<u32, ServiceStats>())),
         (name::COUNTERS, (PerCpuArray, of::<u32, u64>())),
         (name::DEVICES, (Hash, of::<u32, Device>())),
         (name::SOCKETS, (LruHash, of::<SocketKey, SocketOrigin>())),

@@ -6,7 +6,8 @@ use clap::{ArgMatches, parser::ValueSource};
 use lb_common::conntrack::Timeouts;
 
 use super::{
-    Config, Error, FileOptions, HOSTNAME, LogFormat, LogSettings, Origin, cgroup2_mount, values as parse,
+    Config, Error, FileOptions, HOSTNAME, LogFormat, LogSettings, Origin, cgroup2_mount, machine,
+    values as parse,
 };
 use crate::{
     cli::{DEFAULT_STATE_DIR, RunArgs},
@@ -124,7 +125,9 @@ impl Options<'_> {
     }
 
     fn capacities(&self) -> Result<Capacities, Error> {
-        let default = Capacities::default();
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        let flows = machine::flows(cgroup2_mount(&mounts).as_deref());
+        let default = Capacities { flows, ..Capacities::default() };
         let size = parse::size;
         Ok(Capacities {
             frontends: self.or("max_frontends", |a| &a.max_frontends, default.frontends, size)?,

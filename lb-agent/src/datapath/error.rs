@@ -12,6 +12,11 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "there is no memory for map {map} with {entries} entries, which is allocated as a whole: lower {option}, or raise the limit \
+         of the cgroup: {source}"
+    )]
+    NoMemory { map: String, entries: u32, option: &'static str, source: io::Error },
     #[error("state directory {path} cannot be used: {action} failed: {source}; {remedy}")]
     StateDir { path: PathBuf, action: &'static str, remedy: &'static str, source: io::Error },
     #[error(

@@ -18,7 +18,10 @@ use lb_common::{
 };
 
 use super::{Error, OBJECT, bpf, state_dir::StateDir, trace};
-use crate::settings::{Capacities, Settings, SocketLb};
+use crate::{
+    maps,
+    settings::{Capacities, Settings, SocketLb},
+};
 
 /// Lines of the verifier's log that an error shows: the last instruction, the reason and the statistics.
 const VERIFIER_LINES: usize = 12;
@@ -34,8 +37,8 @@ impl Programs {
     }
 }
 
-/// Maps whose size is an option, with their number of entries.
-pub fn max_entries(c: &Capacities) -> Vec<(&'static str, u32)> {
+/// Maps whose size is an option, with their number of entries on a node with so many possible CPUs.
+pub fn max_entries(c: &Capacities, cpus: u32) -> Vec<(&'static str, u32)> {
     // A flow is two entries.
     let flow_entries = c.flows.saturating_mul(2);
     vec![
@@ -43,7 +46,7 @@ pub fn max_entries(c: &Capacities) -> Vec<(&'static str, u32)> {
         (name::FRONTENDS6, c.frontends),
         (name::SERVICES, c.services),
         (name::SERVICE_NAMES, c.services),
-        (name::SERVICE_STATS, c.services),
+        (name::SERVICE_STATS, c.services.saturating_mul(cpus)),
         (name::SLOTS, c.slots),
         (name::BACKENDS4, c.backends),
         (name::BACKENDS6, c.backends),
@@ -102,20 +105,22 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
         .override_global(global::HOST_NETNS, &host_netns, true)
         .override_global(global::ANSWER_PING, &answer_ping, true)
         .override_global(global::MASQUERADE_ALL, &masquerade_all, true)
+        .override_global(global::SERVICE_RECORDS, &settings.capacities.services, true)
         .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
         .override_global(global::LOG_LEVEL, &log_level, true);
     // A map has one entry at least.
     let cached = (cache_slots * cpus).max(4);
     loader.map_max_entries(name::FLOW_CACHE4, cached).map_max_entries(name::FLOW_CACHE6, cached / 4);
-    for (map, entries) in max_entries(&settings.capacities) {
-        loader.map_max_entries(map, entries);
+    let sizes = max_entries(&settings.capacities, cpus);
+    for (map, entries) in &sizes {
+        loader.map_max_entries(map, *entries);
     }
     for map in name::ALL {
         if object.maps.contains_key(map) {
             loader.map_pin_path(map, state.maps().join(map));
         }
     }
-    let mut ebpf = loader.load(OBJECT).map_err(explain)?;
+    let mut ebpf = loader.load(OBJECT).map_err(|e| explain(e, &sizes))?;
     let mut programs = BTreeMap::new();
     for name in all_programs() {
         programs.insert(name, load_program(&mut ebpf, name)?);
@@ -129,7 +134,7 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
 }
 
 /// CPUs that there may ever be: programs number their parts of arrays by them.
-fn possible_cpus() -> Result<u32, Error> {
+pub fn possible_cpus() -> Result<u32, Error> {
     nr_cpus().map(|n| n as u32).map_err(|(_, source)| Error::PossibleCpus(source))
 }
 
@@ -182,13 +187,20 @@ fn refused(program: &'static str, error: ProgramError) -> Error {
     }
 }
 
-fn explain(error: aya::EbpfError) -> Error {
+/// `sizes` are those of [`max_entries`].
+fn explain(error: aya::EbpfError, sizes: &[(&str, u32)]) -> Error {
     use aya::{EbpfError, maps::MapError};
     match error {
         EbpfError::MapError(MapError::CreateError { io_error, .. })
             if io_error.raw_os_error() == Some(libc::EPERM) =>
         {
             Error::NotPermitted { what: "creating maps", source: io_error }
+        }
+        EbpfError::MapError(MapError::CreateError { name, io_error })
+            if matches!(io_error.raw_os_error(), Some(libc::ENOMEM | libc::E2BIG)) =>
+        {
+            let entries = sizes.iter().find(|(map, _)| *map == name).map_or(0, |(_, entries)| *entries);
+            Error::NoMemory { option: maps::capacity_option(&name), map: name, entries, source: io_error }
         }
         other => Error::Load(other),
     }
@@ -248,4 +260,25 @@ fn netns_cookie() -> io::Result<u64> {
         )
     };
     if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::{EbpfError, maps::MapError};
+
+    use super::*;
+
+    #[test]
+    fn a_map_that_does_not_fit_into_memory_names_its_option() {
+        let refused = |errno| {
+            let io_error = io::Error::from_raw_os_error(errno);
+            EbpfError::MapError(MapError::CreateError { name: name::FLOWS6.to_owned(), io_error })
+        };
+        let sizes = max_entries(&Capacities { flows: 3_000_000, ..Capacities::default() }, 2);
+        for errno in [libc::ENOMEM, libc::E2BIG] {
+            let said = explain(refused(errno), &sizes).to_string();
+            assert!(said.contains("FLOWS6 with 6000000 entries") && said.contains("--max-flows"), "{said}");
+        }
+        assert!(matches!(explain(refused(libc::EPERM), &sizes), Error::NotPermitted { .. }));
+    }
 }

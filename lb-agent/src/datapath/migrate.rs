@@ -39,6 +39,7 @@ use super::{
     gates::{self, Gates},
     load,
     state_dir::{StateDir, entries},
+    statistics,
 };
 use crate::settings::Capacities;
 
@@ -198,7 +199,7 @@ fn drop_old(state: &StateDir, map: &str) -> Result<(), Error> {
 }
 
 fn compare(object: &Object, state: &StateDir, capacities: &Capacities) -> Result<Comparison, Error> {
-    let sizes = load::max_entries(capacities);
+    let sizes = load::max_entries(capacities, load::possible_cpus()?);
     let mut found = Comparison::default();
     let mut fitting_gates = Vec::new();
     for map in name::ALL {
@@ -285,6 +286,9 @@ pub fn open_both(state: &StateDir, map: &str) -> io::Result<(OwnedFd, OwnedFd)> 
 /// Returns how many entries did not fit.
 fn copy_map(state: &StateDir, moved: &Moved) -> io::Result<usize> {
     let new = &moved.new;
+    if moved.map == name::SERVICE_STATS {
+        return statistics::copy(state, moved.map, &moved.old, new).map(|()| 0);
+    }
     let (from, to) = open_both(state, moved.map)?;
     let mut reader = BatchReader::new(from.as_fd(), moved.old.entry_size()?);
     let (mut read, mut written) = (0, 0);

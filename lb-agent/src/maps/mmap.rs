@@ -6,7 +6,8 @@
 use std::{
     io,
     marker::PhantomData,
-    os::fd::{AsFd as _, AsRawFd as _},
+    ops::Range,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
     path::{Path, PathBuf},
     ptr::NonNull,
     sync::{
@@ -152,10 +153,21 @@ impl<T: Pod> MmapArray<T> {
         Ok(self.element(index)?.map(value))
     }
 
+    /// The map.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.data.fd().as_fd()
+    }
+
     /// Reads the first `end` elements, and keeps nothing mapped for it.
-    pub fn read(&self, end: u32, mut each: impl FnMut(u32, T)) -> Result<(), MapError> {
-        let end = end.min(self.len);
-        for (i, place) in (0..end.div_ceil(self.per_window)).zip(&self.windows) {
+    pub fn read(&self, end: u32, each: impl FnMut(u32, T)) -> Result<(), MapError> {
+        self.read_range(0..end, each)
+    }
+
+    /// Reads these elements as far as they exist, and keeps nothing mapped for it.
+    pub fn read_range(&self, range: Range<u32>, mut each: impl FnMut(u32, T)) -> Result<(), MapError> {
+        let end = range.end.min(self.len);
+        for i in range.start / self.per_window..end.div_ceil(self.per_window) {
+            let Some(place) = self.windows.get(i as usize) else { break };
             let passing;
             let window = match place.get() {
                 Some(window) => window,
@@ -164,8 +176,10 @@ impl<T: Pod> MmapArray<T> {
                     &passing
                 }
             };
-            let elements = window.words().chunks_exact(Self::WORDS_PER_ELEMENT);
-            for (index, words) in (i * self.per_window..end).zip(elements) {
+            let first = i * self.per_window;
+            let skipped = range.start.saturating_sub(first);
+            let elements = window.words().chunks_exact(Self::WORDS_PER_ELEMENT).skip(skipped as usize);
+            for (index, words) in (first + skipped..end).zip(elements) {
                 each(index, value(words));
             }
         }

@@ -74,9 +74,11 @@ impl Scrape {
             .names
             .entries()
             .map_err(|source| MapError::Read { map: name::SERVICE_NAMES, source })?;
+        let end = names.iter().map(|(id, _)| *id + 1).max().unwrap_or(0);
+        let sums = self.maps.stats.sums(end)?;
         let mut samples = Vec::with_capacity(names.len());
         for (id, name) in names {
-            let sum = self.maps.stats.sum(id)?;
+            let sum = sums.get(id as usize).copied().unwrap_or_default();
             samples.push(ServiceSample {
                 service: apply::name_text(&name),
                 packets: sum.packets,

@@ -1,15 +1,19 @@
-//! Counters of the data path: per-CPU arrays, summed when read.
+//! Counters of the data path, which each CPU has of its own: summed when read.
 
-use std::{io, os::fd::AsFd as _, path::Path};
+use std::{io, path::Path};
 
 use aya::{
     maps::{Map, MapData, MapType, PerCpuArray},
     util::nr_cpus,
 };
-use lb_common::{frontend::ServiceStats, maps::name, verdict::Counter};
+use lb_common::{
+    frontend::{ServiceStats, stats_index},
+    maps::name,
+    verdict::Counter,
+};
 
 use super::{
-    MapError,
+    MapError, MmapArray,
     sys::{self, Batch, Command},
 };
 
@@ -46,67 +50,78 @@ impl Counters {
     }
 }
 
-/// `SERVICE_STATS`: of each record as many values as there are possible CPUs.
+/// `SERVICE_STATS`: of each CPU that there may be, as many elements as there are records.
 pub struct ServiceCounters {
-    data: MapData,
-    cpus: usize,
+    counts: MmapArray<ServiceStats>,
+    cpus: u32,
+    records: u32,
 }
 
-/// Records whose counts are zeroed by one system call.
+/// Elements that are zeroed by one system call.
 const CHUNK: usize = 1024;
 
 impl ServiceCounters {
     /// Opens the map pinned in `dir`.
     pub fn open(dir: &Path) -> Result<Self, MapError> {
-        let (key, value) = (size_of::<u32>(), size_of::<ServiceStats>());
-        let (data, _) = super::open_pin(dir, name::SERVICE_STATS, &[MapType::PerCpuArray], key, value)?;
+        let counts = MmapArray::open(dir, name::SERVICE_STATS)?;
         let cpus = nr_cpus().map_err(|(_, source)| MapError::Read { map: name::SERVICE_STATS, source })?;
-        Ok(Self { data, cpus })
+        let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
+        Ok(Self { records: counts.capacity() / cpus, counts, cpus })
     }
 
-    /// What the record's Service has seen, over all CPUs.
+    /// What the record's Service has seen, over all CPUs; nothing for records that there are not.
     pub fn sum(&self, service: u32) -> Result<ServiceStats, MapError> {
-        let mut values = vec![ServiceStats::default(); self.cpus];
-        let (key, to) = (std::ptr::from_ref(&service) as u64, values.as_mut_ptr() as u64);
-        // SAFETY: a key and as many values as there are possible CPUs, of sizes that were compared with the map's when it was
-        // opened; values of 32 bytes need no padding between CPUs.
-        unsafe { sys::elem(self.data.fd().as_fd(), Command::LookupElem, key, to, 0) }
-            .map_err(|source| MapError::Read { map: name::SERVICE_STATS, source })?;
-        Ok(values.iter().fold(ServiceStats::default(), |sum, v| ServiceStats {
-            packets: sum.packets.wrapping_add(v.packets),
-            bytes: sum.bytes.wrapping_add(v.bytes),
-            connections: sum.connections.wrapping_add(v.connections),
-            xdp_packets: sum.xdp_packets.wrapping_add(v.xdp_packets),
-        }))
+        let mut sum = ServiceStats::default();
+        if service < self.records {
+            for cpu in 0..self.cpus {
+                add(&mut sum, self.counts.load(stats_index(cpu, self.records, service))?.unwrap_or_default());
+            }
+        }
+        Ok(sum)
+    }
+
+    /// The same of the first `end` records, reading nothing twice and keeping nothing mapped.
+    pub fn sums(&self, end: u32) -> Result<Vec<ServiceStats>, MapError> {
+        let end = end.min(self.records);
+        let mut sums = vec![ServiceStats::default(); end as usize];
+        for cpu in 0..self.cpus {
+            let first = stats_index(cpu, self.records, 0);
+            self.counts.read_range(first..first + end, |i, counted| {
+                if let Some(sum) = sums.get_mut((i - first) as usize) {
+                    add(sum, counted);
+                }
+            })?;
+        }
+        Ok(sums)
     }
 
     /// Starts the counts of these records at 0.
     pub(super) fn zero(&self, services: &[u32]) -> Result<(), MapError> {
-        let zeros = vec![ServiceStats::default(); self.cpus * services.len().min(CHUNK)];
-        let values = zeros.as_ptr() as u64;
-        for keys in services.chunks(CHUNK) {
+        let of_cpus = |service: &u32| {
+            let service = *service;
+            (0..self.cpus).map(move |cpu| stats_index(cpu, self.records, service))
+        };
+        let keys: Vec<u32> = services.iter().filter(|s| **s < self.records).flat_map(of_cpus).collect();
+        let zeros = vec![ServiceStats::default(); keys.len().min(CHUNK)];
+        for keys in keys.chunks(CHUNK) {
             let batch = Batch {
                 in_batch: 0,
                 out_batch: 0,
                 keys: keys.as_ptr() as u64,
-                values,
+                values: zeros.as_ptr() as u64,
                 count: keys.len() as u32,
             };
-            // SAFETY: so many keys, and for each as many values as there are possible CPUs.
-            let (_, result) = unsafe { sys::batch(self.data.fd().as_fd(), Command::UpdateBatch, &batch) };
-            match result {
-                Ok(()) => {}
-                // Batches of per-CPU arrays are younger than those of hash maps (5.13).
-                Err(_) => keys.iter().try_for_each(|key| self.zero_one(*key, values))?,
-            }
+            // SAFETY: so many keys and values, of the sizes that the map was opened with.
+            let (_, result) = unsafe { sys::batch(self.counts.fd(), Command::UpdateBatch, &batch) };
+            result.map_err(|source| MapError::Write { map: name::SERVICE_STATS, source })?;
         }
         Ok(())
     }
+}
 
-    fn zero_one(&self, service: u32, values: u64) -> Result<(), MapError> {
-        let key = std::ptr::from_ref(&service) as u64;
-        // SAFETY: a key, and at least as many values as there are possible CPUs.
-        unsafe { sys::elem(self.data.fd().as_fd(), Command::UpdateElem, key, values, 0) }
-            .map_err(|source| MapError::Write { map: name::SERVICE_STATS, source })
-    }
+fn add(sum: &mut ServiceStats, counted: ServiceStats) {
+    sum.packets = sum.packets.wrapping_add(counted.packets);
+    sum.bytes = sum.bytes.wrapping_add(counted.bytes);
+    sum.connections = sum.connections.wrapping_add(counted.connections);
+    sum.xdp_packets = sum.xdp_packets.wrapping_add(counted.xdp_packets);
 }

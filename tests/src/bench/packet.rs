@@ -40,7 +40,7 @@ pub fn world() -> Result<World> {
 
 /// The same with another cache, or a second of another length.
 pub fn world_with(options: Options) -> Result<World> {
-    let mut lab = Lab::with(Options { default_sizes: true, flow_entries: 2_000_000, ..options })?;
+    let mut lab = Lab::with(Options { default_sizes: true, flow_entries: 2 * capacity::FLOWS, ..options })?;
     let external = packets::external(&mut lab)?;
     ip("route add 198.18.0.0/15 via 192.0.2.254 dev ext0")?;
     Ok(World { lab, external })

@@ -12,7 +12,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use lb_common::{LAYOUT_VERSION, frontend::ServiceStats, maps::name, verdict::Counter};
+use lb_common::{
+    LAYOUT_VERSION,
+    frontend::{ServiceStats, stats_index},
+    maps::{capacity, name},
+    verdict::Counter,
+};
 use tempfile::TempDir;
 
 use super::{
@@ -113,10 +118,14 @@ impl Agents {
     pub fn xdp_packets(&self, services: u32) -> Result<u64> {
         let mut sum = 0;
         for service in 0..services {
-            let stats = sys::value(&self.stats, service, cpus()? * size_of::<ServiceStats>())?;
-            let of_cpus: &[ServiceStats] =
-                bytemuck::try_cast_slice(&stats).map_err(|e| anyhow!("statistics of a Service: {e}"))?;
-            sum += of_cpus.iter().map(|s| s.xdp_packets).sum::<u64>();
+            for cpu in 0..cpus()? as u32 {
+                // The agent runs with the default size.
+                let index = stats_index(cpu, capacity::SERVICES, service);
+                let stats = sys::value(&self.stats, index, size_of::<ServiceStats>())?;
+                let stats: &ServiceStats =
+                    bytemuck::try_from_bytes(&stats).map_err(|e| anyhow!("statistics of a Service: {e}"))?;
+                sum += stats.xdp_packets;
+            }
         }
         Ok(sum)
     }
