@@ -3,7 +3,7 @@
 //! Sums are in the byte order of the packet: words are loaded natively and never swapped, which RFC 1071 section 2(B)
 //! allows.
 
-use crate::{Addr, Be16};
+use crate::{Addr, Be16, tuple::Tuple};
 
 /// A one's complement sum that has not been folded to 16 bits yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,6 +96,25 @@ pub const fn update_udp(field: u16, delta: Sum) -> u16 {
         0 => 0xffff,
         f => f,
     }
+}
+
+/// Sum of the pseudo-header of `bytes` of TCP or UDP (RFC 9293 section 3.1, RFC 8200 section 8.1).
+#[inline(always)]
+pub fn pseudo<A: Addr>(tuple: &Tuple<A>, bytes: u16) -> Sum {
+    let mut sum = Sum::new().add16(bytes.to_be()).add16((tuple.proto as u16).to_be());
+    let mut i = 0;
+    while i < A::WORDS {
+        sum = sum.add32(tuple.src.word(i)).add32(tuple.dst.word(i));
+        i += 1;
+    }
+    sum
+}
+
+/// True if the field holds this sum, not complemented: modulo 65535, where 0 and 65535 are one.
+#[inline(always)]
+pub const fn is_sum(field: u16, sum: Sum) -> bool {
+    // Only a sum of nothing folds to 0.
+    matches!(sum.sub16(field).fold16(), 0 | 0xffff)
 }
 
 /// The value of a 16-bit checksum field that a later checksum offload leaves as it is.

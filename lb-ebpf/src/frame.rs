@@ -4,11 +4,19 @@
 use core::ffi::c_void;
 
 use aya_ebpf::bindings::xdp_md;
-use lb_common::{Be16, Be32, V4, V6, conntrack::tcp, proto, tuple::Tuple};
+use lb_common::{
+    Be16, Be32, V4, V6,
+    checksum::{self, Sum},
+    conntrack::{Flow, tcp},
+    flow_cache::CachedFlow,
+    proto,
+    tuple::Tuple,
+};
 
 use crate::{
     net::{Net, Packet},
     parse::{ETHERNET_BYTES, Ipv4Header},
+    rewrite::{TCP_CHECK, UDP_CHECK},
     skb::Skb,
 };
 
@@ -89,6 +97,10 @@ pub trait Plain: Net {
     const L4: usize = L3 + Self::HEADER_BYTES as usize;
     /// Fills `p` up to the ports. False if the packet is not plain.
     fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool;
+    /// What [`Self::write_header`] adds to the sum of the header.
+    fn header_growth(p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Sum;
+    /// Writes addresses and TTL.
+    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()>;
 }
 
 impl Plain for V4 {
@@ -105,6 +117,24 @@ impl Plain for V4 {
         p.tos = ip.tos;
         p.ip_check = ip.check;
         true
+    }
+
+    #[inline(always)]
+    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
+        let delta = new
+            .l3_delta
+            .sub16(u16::from_ne_bytes([p.ttl, p.tuple.proto]))
+            .add16(u16::from_ne_bytes([ttl, p.tuple.proto]));
+        frame.write(L3 + 8, ttl)?;
+        frame.write(L3 + 10, checksum::update(p.ip_check, delta))?;
+        frame.write(L3 + 12, *new.src)?;
+        frame.write(L3 + 16, *new.dst)
+    }
+
+    /// The header's checksum makes up for everything else.
+    #[inline(always)]
+    fn header_growth(_p: &Packet<Self>, _new: &Translation<Self>, _ttl: u8) -> Sum {
+        Sum::new()
     }
 }
 
@@ -129,6 +159,64 @@ impl Plain for V6 {
         p.tos = 0;
         true
     }
+
+    #[inline(always)]
+    fn write_header(frame: Frame, _p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
+        frame.write(L3 + 7, ttl)?;
+        let words = frame.addresses6()?;
+        for i in 0..4 {
+            // SAFETY: as in `read_header`.
+            unsafe {
+                (*words.add(i)).0 = new.src[i];
+                (*words.add(4 + i)).0 = new.dst[i];
+            }
+        }
+        Some(())
+    }
+
+    #[inline(always)]
+    fn header_growth(p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Sum {
+        new.l3_delta
+            .sub16(u16::from_ne_bytes([p.tuple.proto, p.ttl]))
+            .add16(u16::from_ne_bytes([p.tuple.proto, ttl]))
+    }
+}
+
+/// What becomes of a packet's addresses and ports, and what that changes in its checksums.
+pub struct Translation<'a, A> {
+    pub src: &'a A,
+    pub dst: &'a A,
+    /// As a header starts with them.
+    pub ports: u32,
+    /// Addresses and ports.
+    pub l4_delta: Sum,
+    /// Addresses.
+    pub l3_delta: Sum,
+}
+
+impl<'a, A: Net> Translation<'a, A> {
+    #[inline(always)]
+    pub fn of(old: &Tuple<A>, flow: &'a Flow<A>) -> Self {
+        let l3_delta = Sum::new().replace_addr(&old.src, &flow.src).replace_addr(&old.dst, &flow.dst);
+        Self {
+            src: &flow.src,
+            dst: &flow.dst,
+            ports: flow.ports(),
+            l4_delta: l3_delta.replace_port(old.sport, flow.sport).replace_port(old.dport, flow.dport),
+            l3_delta,
+        }
+    }
+
+    #[inline(always)]
+    pub fn noted(cached: &'a CachedFlow<A>) -> Self {
+        Self {
+            src: &cached.src,
+            dst: &cached.dst,
+            ports: cached.ports,
+            l4_delta: Sum::new().add16(cached.l4_delta),
+            l3_delta: Sum::new().add16(cached.l3_delta),
+        }
+    }
 }
 
 /// Fills `p` with what the headers say. False if the packet is not plain.
@@ -151,4 +239,48 @@ pub fn parse<A: Plain>(frame: Frame, p: &mut Packet<A>) -> bool {
         }
         _ => false,
     }
+}
+
+/// True if the L4 checksum may be left to the device (`CHECKSUM_PARTIAL`), which no program can see. Not to be asked about
+/// packets that will be cut into segments: their pseudo-header's length need not be the packet's.
+///
+/// The device adds up everything from the L4 header on, the field itself included, and puts the complement there. For that
+/// to be the checksum, the field has to hold the pseudo-header's sum (modulo 65535, RFC 1071), whoever made the packet. So
+/// does one finished checksum of 65535. Where the device is to finish the checksum of an inner packet, the outer one is
+/// finished, or there is none.
+#[inline(always)]
+pub fn may_be_unfinished<A: Plain>(frame: Frame, p: &Packet<A>) -> bool {
+    let bytes = (p.ip_bytes - A::HEADER_BYTES) as u16;
+    let check = if p.tuple.proto == proto::UDP {
+        match frame.read::<[Be16; 2]>(A::L4 + UDP_CHECK as usize - 2) {
+            // The pseudo-header has the length that UDP's header says.
+            Some([told, check]) if told.get() == bytes => Some(check.raw()),
+            _ => None,
+        }
+    } else {
+        frame.read(A::L4 + TCP_CHECK as usize)
+    };
+    check.is_none_or(|check| checksum::is_sum(check, checksum::pseudo(&p.tuple, bytes)))
+}
+
+/// Writes a translation into a frame whose checksums are finished, and gives what the sum of all bytes from the IP header on
+/// has grown by. All headers were read before, so nothing here can fail halfway.
+#[inline(always)]
+pub fn translate<A: Plain>(frame: Frame, p: &Packet<A>, new: &Translation<A>, ttl: u8) -> Option<Sum> {
+    // Ports and L4 checksum together make up for the addresses.
+    let mut growth = A::header_growth(p, new, ttl).sub16(new.l3_delta.fold16());
+    if p.tuple.proto == proto::UDP {
+        let at = A::L4 + UDP_CHECK as usize;
+        let check = frame.read(at)?;
+        if check == 0 {
+            growth = growth.plus(new.l4_delta);
+        }
+        frame.write(at, checksum::update_udp(check, new.l4_delta))?;
+    } else {
+        let at = A::L4 + TCP_CHECK as usize;
+        frame.write(at, checksum::update(frame.read(at)?, new.l4_delta))?;
+    }
+    frame.write(A::L4, new.ports)?;
+    A::write_header(frame, p, new, ttl)?;
+    Some(growth)
 }

@@ -116,6 +116,14 @@ impl Skb {
         if code == 0 { Ok(()) } else { Err(Failed) }
     }
 
+    /// After writes to the data itself: a checksum that the device summed over the whole packet (CHECKSUM_COMPLETE) follows
+    /// them. `growth` is what the sum of all bytes from the IP header on has grown by.
+    #[inline(always)]
+    pub fn sum_has_grown(self, growth: Sum) {
+        // SAFETY: plain integers. Fails where there is no such sum, which is fine.
+        unsafe { bpf_csum_update(self.0, growth.fold32()) };
+    }
+
     /// Applies a change of the addresses to the layer 4 checksum at `offset`, finished or left to the device.
     ///
     /// On IPv6 nothing in the network header makes up for the change, which the helper assumes for a checksum that
@@ -127,8 +135,7 @@ impl Skb {
         // SAFETY: plain integers.
         let code = unsafe { bpf_l4_csum_replace(self.0, offset, 0, delta.fold32() as u64, flags) };
         if is_v6 {
-            // SAFETY: plain integers. Fails where there is no such sum, which is fine.
-            unsafe { bpf_csum_update(self.0, delta.fold32()) };
+            self.sum_has_grown(delta);
         }
         if code == 0 { Ok(()) } else { Err(Failed) }
     }
