@@ -10,11 +10,16 @@ use aya_ebpf::{
 };
 use lb_common::checksum::Sum;
 
+use crate::globals;
+
 /// `bpf_l4_csum_replace`: the difference belongs to the pseudo-header, so it counts even while the checksum is left
 /// to the device.
 const PSEUDO_HDR: u64 = 0x10;
 /// `bpf_l4_csum_replace`: UDP, where 0 means no checksum.
 const MARK_MANGLED_0: u64 = 0x20;
+
+/// First word of the note that a packet is redirected; the second is the agent's seed. An odd multiplier of the golden ratio.
+const SENT: u32 = 0x9e37_79b1;
 
 /// A packet in a tc program.
 #[derive(Clone, Copy)]
@@ -52,6 +57,35 @@ impl Skb {
     pub fn packet_type(self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.0).pkt_type }
+    }
+
+    /// Notes in the packet's scratch bytes (`cb`) that it is redirected: this hook and the one where it leaves have them to
+    /// themselves. The IP stack, bridges and tunnels begin with clearing them.
+    #[inline(always)]
+    pub fn mark_sent(self) {
+        // SAFETY: the context of the running program.
+        unsafe {
+            (*self.0).cb[0] = SENT;
+            (*self.0).cb[1] = globals::hash_seed();
+        }
+    }
+
+    /// True after [`Self::mark_sent`]. What others leave there has no reason to look like it.
+    #[inline(always)]
+    pub fn is_sent(self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0).cb[0] == SENT && (*self.0).cb[1] == globals::hash_seed() }
+    }
+
+    /// For packets that come in: they may have left this node, and be others by now.
+    #[inline(always)]
+    pub fn clear_sent(self) {
+        // SAFETY: as above.
+        unsafe {
+            if (*self.0).cb[0] == SENT {
+                (*self.0).cb[0] = 0;
+            }
+        }
     }
 
     /// EtherType, network order.

@@ -48,6 +48,7 @@ impl Family for V6 {}
 
 #[inline(always)]
 pub fn ingress(skb: Skb) -> i32 {
+    skb.clear_sent();
     match skb.protocol() {
         ethertype::IPV4 => match noted::<V4>(skb, hook::INGRESS) {
             LONG_WAY => ingress4(skb, ETHERNET_BYTES, true),
@@ -69,6 +70,10 @@ pub fn ingress(skb: Skb) -> i32 {
 
 #[inline(always)]
 pub fn egress(skb: Skb) -> i32 {
+    if skb.is_sent() {
+        // Translated where it came in.
+        return NEXT;
+    }
     match skb.protocol() {
         ethertype::IPV4 => match noted::<V4>(skb, hook::EGRESS) {
             LONG_WAY => egress4(skb, ETHERNET_BYTES, true),
@@ -233,6 +238,7 @@ fn send_noted<A: Family>(skb: Skb, frame: Frame, p: &mut Packet<A>, cached: &Cac
     if frame.write_macs(&hop.macs).is_none() {
         return SHOT;
     }
+    skb.mark_sent();
     // SAFETY: plain integers.
     unsafe { bpf_redirect(hop.ifindex as u32, 0) as i32 }
 }
@@ -263,6 +269,7 @@ fn send_by_helpers<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -
     if !leaves {
         return Ok(NEXT);
     }
+    skb.mark_sent();
     // SAFETY: plain integers.
     Ok(unsafe { bpf_redirect(hop.ifindex as u32, 0) } as i32)
 }
@@ -373,7 +380,7 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
     {
         cache::fill(p, flow, way::ROUTED);
     }
-    leave(fib, via)
+    leave(skb, fib, via)
 }
 
 #[inline(always)]
@@ -394,7 +401,8 @@ fn wire_bytes<A: Family>(skb: Skb, p: &Packet<A>) -> u32 {
 /// it alive: the MAC address from the routing table would be used on when nobody answers there any more.
 /// It need not look for the route again.
 #[inline(always)]
-fn leave(fib: &Fib, via: &mut NextHop) -> Outcome {
+fn leave(skb: Skb, fib: &Fib, via: &mut NextHop) -> Outcome {
+    skb.mark_sent();
     *via = NextHop::of(fib);
     let (via, bytes) = ((via as *mut NextHop).cast(), size_of::<NextHop>() as i32);
     // SAFETY: the parameters are a valid struct of the size given.
@@ -412,7 +420,7 @@ pub fn send_error<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, src: &A, f
     }
     match forward::route(skb.ctx(), p, src, &flow.dst, 0, fib) {
         forward::result::SUCCESS | forward::result::NO_NEIGH => match A::scratch() {
-            Some(Scratch { via, .. }) => leave(fib, via),
+            Some(Scratch { via, .. }) => leave(skb, fib, via),
             None => Err(Counter::DropBadMap),
         },
         _ => Err(Counter::DropNoRoute),

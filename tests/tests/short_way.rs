@@ -1,183 +1,32 @@
-//! The classifiers' short way on packets whose checksum is finished, left to a device, summed by one, or not there: frames go
-//! in by packet sockets that say so ([`lb_tests::vnet`]), through devices with the real programs, and out by others. Needs root.
+//! The classifiers' short way, through devices. Packets have a checksum that is finished, left to a device, summed by one, or
+//! not there: packet sockets say so ([`lb_tests::vnet`]). Needs root.
+
+#[path = "short_way/bed.rs"]
+mod bed;
 
 use std::{
     net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
     thread::sleep,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use bed::{
+    BACKEND_PORT, Bed, TICKS, Way, assert_packet, check_at, finish, l4_at, l4_bytes, pseudo, put, sum,
+    unfinished,
+};
+use lb_common::proto;
 use lb_tests::{
     bench::{
         insn::{Insn, Size},
         sys::{self, MapType, ProgType},
     },
     frame::{Frame, L4, NODE_MAC},
-    lab::{Dev, Hook, Lab, OneCpu, Options, ifindex, ip},
-    packets::{ACK, Net, assert_frame, external, nets, one_backend, tcp, udp},
-    vnet::{Header, Port},
+    lab::{Action, Dev, Hook, ifindex, ip},
+    packets::{ACK, Net, assert_frame, nets, tcp, udp},
+    vnet::Header,
 };
-
-/// Some ticks of the kernel: a flow is cached from the tick after its first packet on.
-const TICKS: Duration = Duration::from_millis(40);
-/// In ticks: longer than any test.
-const LONG: u32 = 1 << 28;
-const SOON: Duration = Duration::from_secs(5);
-const BACKEND_PORT: u16 = 8080;
-
-/// Where translated packets go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    /// By the stack to a pod of this node.
-    Stack,
-    /// Back out of the device, under the node's address.
-    Routed,
-}
-
-/// A node with the programs on a device, and both ends of the way through it.
-struct Bed {
-    lab: Lab,
-    ext: Dev,
-    n: Net,
-    way: Way,
-    wire: Port,
-    /// The pod's end of its device.
-    pod: Port,
-    _links: Vec<OwnedFd>,
-    _cpu: OneCpu,
-}
-
-impl Bed {
-    fn new(n: Net, way: Way) -> Result<Self> {
-        let cpu = OneCpu::here();
-        let mut lab = Lab::with(Options { flow_cache: 1024, jiffies_per_s: LONG, ..Options::default() })?;
-        let ext = external(&mut lab)?;
-        ip("link add pod0 type veth peer name pod0p")?;
-        for dev in ["ext0", "ext0p", "pod0", "pod0p"] {
-            ip(&format!("link set {dev} mtu 9000 up"))?;
-        }
-        let bits = if n.pod.is_ipv6() { 128 } else { 32 };
-        ip(&format!("route add {}/{bits} dev pod0", n.pod))?;
-        ip(&format!("neigh replace {} lladdr 02:00:00:00:00:99 dev pod0 nud permanent", n.pod))?;
-        let backend = if way == Way::Stack { n.pod } else { n.remote_pod };
-        one_backend(&mut lab, n, (backend, BACKEND_PORT), way == Way::Stack)?;
-        let program = lab.program_fd(Hook::Ingress)?;
-        let links = vec![sys::attach_tcx(program.as_fd(), ext.ifindex)?];
-        let (wire, pod) = (Port::open(ifindex("ext0p")?)?, Port::open(ifindex("pod0p")?)?);
-        Ok(Self { lab, ext, n, way, wire, pod, _links: links, _cpu: cpu })
-    }
-
-    /// From a client to the Service.
-    fn request(&self, l4: &L4) -> Frame {
-        let ends = ((self.n.client, 40_000), (self.n.vip, 80));
-        if *l4 == L4::Udp { udp(ends.0, ends.1) } else { tcp(ACK, ends.0, ends.1) }
-    }
-
-    /// What arrives behind the node after `frame` was sent.
-    fn deliver(&self, header: Header, frame: &[u8]) -> Result<(Header, Vec<u8>)> {
-        self.wire.send(header, frame)?;
-        let (port, to) =
-            if self.way == Way::Stack { (&self.pod, self.n.pod) } else { (&self.wire, self.n.remote_pod) };
-        let came = port.receive(SOON, |f| destination(f) == Some(to))?;
-        came.with_context(|| format!("nothing arrived: {:?}", self.lab.counters()))
-    }
-
-    /// Opens the flow of `frame` and has it noted; gives the source that its packets get.
-    fn open(&mut self, frame: &Frame) -> Result<(IpAddr, u16)> {
-        self.deliver(Header::default(), &frame.bytes())?;
-        sleep(TICKS);
-        let (_, came) = self.deliver(Header::default(), &frame.bytes())?;
-        let at = l4_at(self.n);
-        let port = u16::from_be_bytes([came[at], came[at + 1]]);
-        Ok((if self.way == Way::Stack { frame.src } else { self.n.node }, port))
-    }
-
-    /// The same packet behind the node.
-    fn translated(&self, frame: &Frame, src: (IpAddr, u16)) -> Frame {
-        let backend = if self.way == Way::Stack { self.n.pod } else { self.n.remote_pod };
-        frame.between(src, (backend, BACKEND_PORT)).with(|f| f.ttl -= 1)
-    }
-}
-
-fn destination(frame: &[u8]) -> Option<IpAddr> {
-    match frame.get(12..14)? {
-        [0x08, 0x00] => Some(<[u8; 4]>::try_from(frame.get(30..34)?).ok()?.into()),
-        [0x86, 0xdd] => Some(<[u8; 16]>::try_from(frame.get(38..54)?).ok()?.into()),
-        _ => None,
-    }
-}
-
-const fn l4_at(n: Net) -> usize {
-    if n.vip.is_ipv6() { 54 } else { 34 }
-}
-
-/// Distance of the checksum from the start of the header.
-fn check_at(l4: &L4) -> usize {
-    if matches!(l4, L4::Tcp(_)) { 16 } else { 6 }
-}
-
-/// RFC 1071 section 4.1, on bytes as they are on the wire; not complemented.
-fn sum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|w| u32::from(u16::from_be_bytes([w[0], *w.get(1).unwrap_or(&0)])));
-    let mut sum: u32 = words.sum();
-    while sum >> 16 != 0 {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
-}
-
-/// Sum of the pseudo-header (RFC 9293 section 3.1, RFC 8200 section 8.1) for so many bytes.
-fn pseudo(frame: &Frame, bytes: u32) -> u16 {
-    let octets = |addr: IpAddr| match addr {
-        IpAddr::V4(a) => a.octets().to_vec(),
-        IpAddr::V6(a) => a.octets().to_vec(),
-    };
-    let proto: u32 = if matches!(frame.l4, L4::Tcp(_)) { 6 } else { 17 };
-    sum(&[octets(frame.src), octets(frame.dst), proto.to_be_bytes().into(), bytes.to_be_bytes().into()]
-        .concat())
-}
-
-fn l4_bytes(n: Net, frame: &Frame) -> u32 {
-    (frame.bytes().len() - l4_at(n)) as u32
-}
-
-fn put(frame: &mut [u8], at: usize, value: u16) {
-    frame[at..at + 2].copy_from_slice(&value.to_be_bytes());
-}
-
-/// As a stack leaves it to its device: the field holds the pseudo-header's sum.
-fn unfinished(n: Net, frame: &Frame, pseudo: u16) -> (Header, Vec<u8>) {
-    let (start, offset) = (l4_at(n), check_at(&frame.l4));
-    let mut bytes = frame.bytes();
-    put(&mut bytes, start + offset, pseudo);
-    let header = Header {
-        flags: Header::NEEDS_CSUM,
-        csum_start: start as u16,
-        csum_offset: offset as u16,
-        ..Header::default()
-    };
-    (header, bytes)
-}
-
-/// What a device makes of it: the sum from `csum_start` on, field included.
-fn finish(header: Header, mut frame: Vec<u8>, l4: &L4) -> Vec<u8> {
-    let start = header.csum_start as usize;
-    let check = match !sum(&frame[start..]) {
-        // RFC 768: 0 means that there is none.
-        0 if *l4 == L4::Udp => 0xffff,
-        check => check,
-    };
-    put(&mut frame, start + header.csum_offset as usize, check);
-    frame
-}
-
-/// From the IP header on, which is what translation is about.
-#[track_caller]
-fn assert_packet(what: &str, got: &[u8], want: &Frame) {
-    assert_frame(what, &got[14..], &want.ip_bytes());
-}
 
 /// Runs `check` for both families, ways and protocols, with a flow that the tables have forgotten: who does not take the short
 /// way opens another.
@@ -421,4 +270,31 @@ fn encapsulated(inner: &Frame) -> Frame {
     let (from, to): (IpAddr, IpAddr) = ([192, 0, 2, 254].into(), [192, 0, 2, 1].into());
     udp((from, 50_000), (to, 4789))
         .with(|f| f.payload = [&[8, 0, 0, 0, 0, 0, 5, 0][..], &inner.bytes()].concat())
+}
+
+/// A packet that was translated where it came in, and redirected, passes the hook where it leaves. Here that one has a flow
+/// whose answers look just like it: another pod's, of a Service with this node's port behind it.
+#[test]
+fn what_was_redirected_is_left_alone_where_it_leaves() -> Result<()> {
+    for n in nets() {
+        let mut bed = Bed::new(n, Way::Routed)?;
+        let egress = sys::attach_tcx_egress(bed.lab.program_fd(Hook::Egress)?.as_fd(), bed.ext.ifindex)?;
+        for (l4, protocol) in [(L4::Udp, proto::UDP), (L4::Tcp(ACK), proto::TCP)] {
+            let request = bed.request(&l4);
+            let src = bed.open(&request)?;
+            let own = bed.lab.backend(src, true)?;
+            let service = bed.lab.service(&[own], &[own])?;
+            bed.lab.silent_frontend((n.vip, 82), protocol, service, 0)?;
+            let other = request.between((n.remote_pod, BACKEND_PORT), (n.vip, 82));
+            assert_eq!(bed.lab.run(Hook::Ingress, bed.lab.pod, &other.bytes())?.0, Action::Pass);
+            let sent = bed.translated(&request, src);
+            let answer = bed.lab.run(Hook::Egress, bed.ext, &sent.bytes())?.1;
+            assert_packet("an answer", &answer, &sent.between((n.vip, 82), (n.remote_pod, BACKEND_PORT)));
+
+            let (_, came) = bed.deliver(Header::default(), &request.bytes())?;
+            assert_packet("redirected", &came, &sent);
+        }
+        drop(egress);
+    }
+    Ok(())
 }
