@@ -17,7 +17,7 @@ use crate::{
     net::{Net, Packet},
     parse::{ETHERNET_BYTES, Ipv4Header},
     rewrite::{TCP_CHECK, UDP_CHECK},
-    skb::Skb,
+    skb::{Failed, Skb},
 };
 
 /// A frame between its two pointers. Nothing in XDP moves the data while this program runs.
@@ -241,6 +241,12 @@ pub fn parse<A: Plain>(frame: Frame, p: &mut Packet<A>) -> bool {
     }
 }
 
+/// Offset of the L4 checksum.
+#[inline(always)]
+const fn check_at<A: Plain>(is_udp: bool) -> usize {
+    A::L4 + if is_udp { UDP_CHECK } else { TCP_CHECK } as usize
+}
+
 /// True if the L4 checksum may be left to the device (`CHECKSUM_PARTIAL`), which no program can see. Not to be asked about
 /// packets that will be cut into segments: their pseudo-header's length need not be the packet's.
 ///
@@ -252,13 +258,13 @@ pub fn parse<A: Plain>(frame: Frame, p: &mut Packet<A>) -> bool {
 pub fn may_be_unfinished<A: Plain>(frame: Frame, p: &Packet<A>) -> bool {
     let bytes = (p.ip_bytes - A::HEADER_BYTES) as u16;
     let check = if p.tuple.proto == proto::UDP {
-        match frame.read::<[Be16; 2]>(A::L4 + UDP_CHECK as usize - 2) {
+        match frame.read::<[Be16; 2]>(check_at::<A>(true) - 2) {
             // The pseudo-header has the length that UDP's header says.
             Some([told, check]) if told.get() == bytes => Some(check.raw()),
             _ => None,
         }
     } else {
-        frame.read(A::L4 + TCP_CHECK as usize)
+        frame.read(check_at::<A>(false))
     };
     check.is_none_or(|check| checksum::is_sum(check, checksum::pseudo(&p.tuple, bytes)))
 }
@@ -267,20 +273,64 @@ pub fn may_be_unfinished<A: Plain>(frame: Frame, p: &Packet<A>) -> bool {
 /// has grown by. All headers were read before, so nothing here can fail halfway.
 #[inline(always)]
 pub fn translate<A: Plain>(frame: Frame, p: &Packet<A>, new: &Translation<A>, ttl: u8) -> Option<Sum> {
-    // Ports and L4 checksum together make up for the addresses.
-    let mut growth = A::header_growth(p, new, ttl).sub16(new.l3_delta.fold16());
-    if p.tuple.proto == proto::UDP {
-        let at = A::L4 + UDP_CHECK as usize;
-        let check = frame.read(at)?;
-        if check == 0 {
-            growth = growth.plus(new.l4_delta);
-        }
-        frame.write(at, checksum::update_udp(check, new.l4_delta))?;
-    } else {
-        let at = A::L4 + TCP_CHECK as usize;
-        frame.write(at, checksum::update(frame.read(at)?, new.l4_delta))?;
-    }
+    let was = update_check(frame, p, new.l4_delta)?;
     frame.write(A::L4, new.ports)?;
     A::write_header(frame, p, new, ttl)?;
-    Some(growth)
+    // Ports and L4 checksum together make up for the addresses, unless there is no checksum.
+    let growth = A::header_growth(p, new, ttl).sub16(new.l3_delta.fold16());
+    Some(if was == 0 && p.tuple.proto == proto::UDP { growth.plus(new.l4_delta) } else { growth })
+}
+
+/// Changes the L4 checksum by `delta`; gives what it was.
+#[inline(always)]
+fn update_check<A: Plain>(frame: Frame, p: &Packet<A>, delta: Sum) -> Option<u16> {
+    if p.tuple.proto == proto::UDP {
+        let was = frame.read(check_at::<A>(true))?;
+        frame.write(check_at::<A>(true), checksum::update_udp(was, delta))?;
+        Some(was)
+    } else {
+        let was = frame.read(check_at::<A>(false))?;
+        frame.write(check_at::<A>(false), checksum::update(was, delta))?;
+        Some(was)
+    }
+}
+
+/// Writes a translation into a packet whose L4 checksum may be left to the device: then it has to follow the addresses only,
+/// as the device sees the ports. After a failure the packet may be half rewritten: drop it.
+///
+/// The kernel's helper knows. It is asked to apply the change of the addresses, which differs in sign between the two
+/// kinds, and so tells what is left to do.
+#[inline(always)]
+pub fn translate_unfinished<A: Plain>(
+    skb: Skb,
+    p: &Packet<A>,
+    new: &Translation<A>,
+    ttl: u8,
+) -> Result<(), Failed> {
+    let frame = Frame::of_skb(skb);
+    frame.write(A::L4, new.ports).ok_or(Failed)?;
+    A::write_header(frame, p, new, ttl).ok_or(Failed)?;
+    let is_udp = p.tuple.proto == proto::UDP;
+    let was = read_check::<A>(frame, is_udp).ok_or(Failed)?;
+    skb.csum_pseudo_header(check_at::<A>(is_udp) as u32, new.l3_delta, is_udp)?;
+    let frame = Frame::of_skb(skb);
+    let is = read_check::<A>(frame, is_udp).ok_or(Failed)?;
+    let ports = new.l4_delta.sub16(new.l3_delta.fold16());
+    if checksum::is_sum(0, new.l3_delta) {
+        // No change, and no sign.
+        skb.csum_ports(check_at::<A>(is_udp) as u32, ports, is_udp)?;
+    } else if checksum::is_sum(is, new.l3_delta.add16(was)) {
+        return Ok(());
+    } else {
+        update_check(frame, p, ports).ok_or(Failed)?;
+    }
+    // The helper has taken the addresses out of a sum over the whole packet; without a checksum it did nothing.
+    let growth = A::header_growth(p, new, ttl);
+    skb.sum_has_grown(if was == 0 && is_udp { growth.plus(ports) } else { growth });
+    Ok(())
+}
+
+#[inline(always)]
+fn read_check<A: Plain>(frame: Frame, is_udp: bool) -> Option<u16> {
+    if is_udp { frame.read(check_at::<A>(true)) } else { frame.read(check_at::<A>(false)) }
 }

@@ -1,5 +1,5 @@
-//! Checked loads and stores on an skb. Every helper here that changes the packet may move it; nothing in this crate
-//! keeps a pointer into an skb, so nothing can dangle.
+//! Checked loads and stores on an skb. Every helper here that changes the packet may move it: nothing keeps a
+//! [`crate::frame::Frame`] of an skb over such a call (the verifier would refuse it).
 
 use core::{ffi::c_void, mem::MaybeUninit};
 
@@ -165,12 +165,19 @@ impl Skb {
     /// 6.16): the second call undoes that, on every kernel.
     #[inline(always)]
     pub fn csum_addresses(self, offset: u32, delta: Sum, is_udp: bool, is_v6: bool) -> Result<(), Failed> {
-        let flags = PSEUDO_HDR | if is_udp { MARK_MANGLED_0 } else { 0 };
-        // SAFETY: plain integers.
-        let code = unsafe { bpf_l4_csum_replace(self.0, offset, 0, delta.fold32() as u64, flags) };
+        self.csum_pseudo_header(offset, delta, is_udp)?;
         if is_v6 {
             self.sum_has_grown(delta);
         }
+        Ok(())
+    }
+
+    /// [`Self::csum_addresses`] with the helper's assumption.
+    #[inline(always)]
+    pub fn csum_pseudo_header(self, offset: u32, delta: Sum, is_udp: bool) -> Result<(), Failed> {
+        let flags = PSEUDO_HDR | if is_udp { MARK_MANGLED_0 } else { 0 };
+        // SAFETY: plain integers.
+        let code = unsafe { bpf_l4_csum_replace(self.0, offset, 0, delta.fold32() as u64, flags) };
         if code == 0 { Ok(()) } else { Err(Failed) }
     }
 

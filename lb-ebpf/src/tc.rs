@@ -216,62 +216,53 @@ fn noted<A: Family>(skb: Skb, hook: u8) -> i32 {
 /// The short way.
 #[inline(always)]
 fn send_noted<A: Family>(skb: Skb, frame: Frame, p: &mut Packet<A>, cached: &CachedFlow<A>) -> i32 {
-    let hop = &cached.next_hop;
     let leaves = cached.way == way::ROUTED;
     if leaves && (p.ttl <= 1 || skb.has_vlan()) {
         return LONG_WAY;
     }
     if skb.gso_size() != 0 || frame::may_be_unfinished(frame, p) {
-        return by_helpers(skb, p, cached);
+        return send_unfinished(skb, p, cached);
     }
-    if leaves && p.ip_bytes > hop.mtu as u32 {
+    if leaves && p.ip_bytes > cached.next_hop.mtu as u32 {
         return LONG_WAY;
     }
-    let ttl = if leaves { p.ttl - 1 } else { p.ttl };
     let new = Translation::noted(cached);
+    let ttl = if leaves { p.ttl - 1 } else { p.ttl };
     let Some(growth) = frame::translate(frame, p, &new, ttl) else { return LONG_WAY };
-    metrics::count_service(cached.service, 1, p.ip_bytes, false);
     skb.sum_has_grown(growth);
-    if !leaves {
+    metrics::count_service(cached.service, 1, p.ip_bytes, false);
+    go_on(skb, frame, cached)
+}
+
+/// The same for packets whose checksum may be left to the device. Not inlined, for the stack's sake.
+#[inline(never)]
+fn send_unfinished<A: Family>(skb: Skb, p: &mut Packet<A>, cached: &CachedFlow<A>) -> i32 {
+    let leaves = cached.way == way::ROUTED;
+    if !read_rest(skb, p) || leaves && wire_bytes(skb, p) > cached.next_hop.mtu as u32 {
+        return LONG_WAY;
+    }
+    let new = Translation::noted(cached);
+    let ttl = if leaves { p.ttl - 1 } else { p.ttl };
+    if frame::translate_unfinished(skb, p, &new, ttl).is_err() {
+        return action(Err(Counter::DropRewriteFailed));
+    }
+    metrics::count_service(cached.service, skb.packets(), p.ip_bytes, false);
+    go_on(skb, Frame::of_skb(skb), cached)
+}
+
+/// Sends a translated packet where its flow goes.
+#[inline(always)]
+fn go_on<A: Family>(skb: Skb, frame: Frame, cached: &CachedFlow<A>) -> i32 {
+    if cached.way != way::ROUTED {
         return NEXT;
     }
+    let hop = &cached.next_hop;
     if frame.write_macs(&hop.macs).is_none() {
-        return SHOT;
+        return action(Err(Counter::DropRewriteFailed));
     }
     skb.mark_sent();
     // SAFETY: plain integers.
     unsafe { bpf_redirect(hop.ifindex as u32, 0) as i32 }
-}
-
-/// Whatever state the checksum is in. Not inlined, for the stack's sake.
-#[inline(never)]
-fn by_helpers<A: Family>(skb: Skb, p: &mut Packet<A>, cached: &CachedFlow<A>) -> i32 {
-    if !read_rest(skb, p) {
-        return LONG_WAY;
-    }
-    action(send_by_helpers(skb, p, cached))
-}
-
-#[inline(always)]
-fn send_by_helpers<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> Outcome {
-    let new = cached.rewritten(p.tuple.proto);
-    let hop = &cached.next_hop;
-    let leaves = cached.way == way::ROUTED;
-    if leaves && wire_bytes(skb, p) > hop.mtu as u32 {
-        return Ok(LONG_WAY);
-    }
-    let ttl = if leaves { p.ttl - 1 } else { p.ttl };
-    rewrite(skb, p, &new, ttl).map_err(|_| Counter::DropRewriteFailed)?;
-    if leaves {
-        skb.store(0, &hop.macs).map_err(|_| Counter::DropRewriteFailed)?;
-    }
-    metrics::count_service(cached.service, skb.packets(), p.ip_bytes, false);
-    if !leaves {
-        return Ok(NEXT);
-    }
-    skb.mark_sent();
-    // SAFETY: plain integers.
-    Ok(unsafe { bpf_redirect(hop.ifindex as u32, 0) } as i32)
 }
 
 /// What the cache has not asked about a plain packet. False if it has no such header.
