@@ -158,6 +158,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{Be32, V6};
 
     /// RFC 1071 section 4.1, written for clarity.
     fn full(data: &[u8]) -> u16 {
@@ -215,6 +216,34 @@ mod tests {
             prop_assert!(same(full(&[&pseudo[..], &data[..]].concat()), 0), "finished");
             prop_assert!(same(full(&data), sealed.check), "completed by a device");
         }
+    }
+
+    proptest! {
+        /// RFC 8200 section 8.1, laid out as bytes.
+        #[test]
+        fn a_pseudo_header_is_summed_as_it_is_laid_out(src: [u32; 4], dst: [u32; 4], bytes: u16, proto: u8) {
+            let mut header: Vec<u8> = src.iter().chain(&dst).flat_map(|word| word.to_be_bytes()).collect();
+            header.extend(u32::from(bytes).to_be_bytes());
+            header.extend([0, 0, 0, proto]);
+            let [src, dst] = [src, dst].map(|words| words.map(Be32::new));
+            let tuple = Tuple::<V6>::new(src, Be16::new(1), dst, Be16::new(2), proto);
+            prop_assert!(same(pseudo(&tuple, bytes).checksum(), full(&header)));
+            prop_assert!(is_sum(!full(&header), pseudo(&tuple, bytes)));
+        }
+
+        #[test]
+        fn a_field_is_a_sum_modulo_65535(field: u16, words: [u32; 3]) {
+            let sum = words.iter().fold(Sum::new().add16(1), |sum, word| sum.add32(*word));
+            prop_assert_eq!(is_sum(field, sum), u64::from(field) % 0xffff == sum.raw() % 0xffff);
+            prop_assert!(is_sum(sum.fold16(), sum));
+        }
+    }
+
+    #[test]
+    fn zero_and_65535_are_one_sum() {
+        let sum = Sum::new().add16(0xfff0).add16(0xf);
+        assert!(is_sum(0, sum) && is_sum(0xffff, sum) && !is_sum(1, sum));
+        assert!(is_sum(0, Sum::new()) && is_sum(0xffff, Sum::new()));
     }
 
     #[test]

@@ -98,9 +98,9 @@ pub trait Plain: Net {
     /// Fills `p` up to the ports. False if the packet is not plain.
     fn read_header(frame: Frame, p: &mut Packet<Self>) -> bool;
     /// What [`Self::write_header`] adds to the sum of the header.
-    fn header_growth(p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Sum;
-    /// Writes addresses and TTL.
-    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()>;
+    fn header_growth(new: &Translation<Self>, hops: u8) -> Sum;
+    /// Writes addresses, and a TTL that is less by `hops`, which it must be larger than.
+    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, hops: u8) -> Option<()>;
 }
 
 impl Plain for V4 {
@@ -120,12 +120,9 @@ impl Plain for V4 {
     }
 
     #[inline(always)]
-    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
-        let delta = new
-            .l3_delta
-            .sub16(u16::from_ne_bytes([p.ttl, p.tuple.proto]))
-            .add16(u16::from_ne_bytes([ttl, p.tuple.proto]));
-        frame.write(L3 + 8, ttl)?;
+    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, hops: u8) -> Option<()> {
+        let delta = new.l3_delta.sub16(u16::from_ne_bytes([hops, 0]));
+        frame.write(L3 + 8, p.ttl - hops)?;
         frame.write(L3 + 10, checksum::update(p.ip_check, delta))?;
         frame.write(L3 + 12, *new.src)?;
         frame.write(L3 + 16, *new.dst)
@@ -133,7 +130,7 @@ impl Plain for V4 {
 
     /// The header's checksum makes up for everything else.
     #[inline(always)]
-    fn header_growth(_p: &Packet<Self>, _new: &Translation<Self>, _ttl: u8) -> Sum {
+    fn header_growth(_new: &Translation<Self>, _hops: u8) -> Sum {
         Sum::new()
     }
 }
@@ -161,8 +158,8 @@ impl Plain for V6 {
     }
 
     #[inline(always)]
-    fn write_header(frame: Frame, _p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
-        frame.write(L3 + 7, ttl)?;
+    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, hops: u8) -> Option<()> {
+        frame.write(L3 + 7, p.ttl - hops)?;
         let words = frame.addresses6()?;
         for i in 0..4 {
             // SAFETY: as in `read_header`.
@@ -175,10 +172,8 @@ impl Plain for V6 {
     }
 
     #[inline(always)]
-    fn header_growth(p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Sum {
-        new.l3_delta
-            .sub16(u16::from_ne_bytes([p.tuple.proto, p.ttl]))
-            .add16(u16::from_ne_bytes([p.tuple.proto, ttl]))
+    fn header_growth(new: &Translation<Self>, hops: u8) -> Sum {
+        new.l3_delta.sub16(u16::from_ne_bytes([0, hops]))
     }
 }
 
@@ -272,12 +267,12 @@ pub fn may_be_unfinished<A: Plain>(frame: Frame, p: &Packet<A>) -> bool {
 /// Writes a translation into a frame whose checksums are finished, and gives what the sum of all bytes from the IP header on
 /// has grown by. All headers were read before, so nothing here can fail halfway.
 #[inline(always)]
-pub fn translate<A: Plain>(frame: Frame, p: &Packet<A>, new: &Translation<A>, ttl: u8) -> Option<Sum> {
+pub fn translate<A: Plain>(frame: Frame, p: &Packet<A>, new: &Translation<A>, hops: u8) -> Option<Sum> {
     let was = update_check(frame, p, new.l4_delta)?;
     frame.write(A::L4, new.ports)?;
-    A::write_header(frame, p, new, ttl)?;
+    A::write_header(frame, p, new, hops)?;
     // Ports and L4 checksum together make up for the addresses, unless there is no checksum.
-    let growth = A::header_growth(p, new, ttl).sub16(new.l3_delta.fold16());
+    let growth = A::header_growth(new, hops).sub16(new.l3_delta.fold16());
     Some(if was == 0 && p.tuple.proto == proto::UDP { growth.plus(new.l4_delta) } else { growth })
 }
 
@@ -305,11 +300,11 @@ pub fn translate_unfinished<A: Plain>(
     skb: Skb,
     p: &Packet<A>,
     new: &Translation<A>,
-    ttl: u8,
+    hops: u8,
 ) -> Result<(), Failed> {
     let frame = Frame::of_skb(skb);
     frame.write(A::L4, new.ports).ok_or(Failed)?;
-    A::write_header(frame, p, new, ttl).ok_or(Failed)?;
+    A::write_header(frame, p, new, hops).ok_or(Failed)?;
     let is_udp = p.tuple.proto == proto::UDP;
     let was = read_check::<A>(frame, is_udp).ok_or(Failed)?;
     skb.csum_pseudo_header(check_at::<A>(is_udp) as u32, new.l3_delta, is_udp)?;
@@ -325,7 +320,7 @@ pub fn translate_unfinished<A: Plain>(
         update_check(frame, p, ports).ok_or(Failed)?;
     }
     // The helper has taken the addresses out of a sum over the whole packet; without a checksum it did nothing.
-    let growth = A::header_growth(p, new, ttl);
+    let growth = A::header_growth(new, hops);
     skb.sum_has_grown(if was == 0 && is_udp { growth.plus(ports) } else { growth });
     Ok(())
 }

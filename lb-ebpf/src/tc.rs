@@ -227,8 +227,7 @@ fn send_noted<A: Family>(skb: Skb, frame: Frame, p: &mut Packet<A>, cached: &Cac
         return LONG_WAY;
     }
     let new = Translation::noted(cached);
-    let ttl = if leaves { p.ttl - 1 } else { p.ttl };
-    let Some(growth) = frame::translate(frame, p, &new, ttl) else { return LONG_WAY };
+    let Some(growth) = frame::translate(frame, p, &new, leaves as u8) else { return LONG_WAY };
     skb.sum_has_grown(growth);
     metrics::count_service(cached.service, 1, p.ip_bytes, false);
     go_on(skb, frame, cached)
@@ -241,9 +240,7 @@ fn send_unfinished<A: Family>(skb: Skb, p: &mut Packet<A>, cached: &CachedFlow<A
     if !read_rest(skb, p) || leaves && wire_bytes(skb, p) > cached.next_hop.mtu as u32 {
         return LONG_WAY;
     }
-    let new = Translation::noted(cached);
-    let ttl = if leaves { p.ttl - 1 } else { p.ttl };
-    if frame::translate_unfinished(skb, p, &new, ttl).is_err() {
+    if frame::translate_unfinished(skb, p, &Translation::noted(cached), leaves as u8).is_err() {
         return action(Err(Counter::DropRewriteFailed));
     }
     metrics::count_service(cached.service, skb.packets(), p.ip_bytes, false);

@@ -124,8 +124,9 @@ fn send_cached<A: Wire>(frame: Frame, p: &Packet<A>, cached: &CachedFlow<A>) -> 
     if leaves && (p.ttl <= 1 || p.ip_bytes > hop.mtu as u32) {
         return None;
     }
-    let ttl = if leaves { p.ttl - 1 } else { p.ttl };
-    translate(frame, p, &Translation::noted(cached), ttl, cached.service)?;
+    // Frames from a wire have finished checksums.
+    frame::translate(frame, p, &Translation::noted(cached), leaves as u8)?;
+    metrics::count_service(cached.service, 1, p.ip_bytes, true);
     if !leaves {
         return Some(xdp_action::XDP_PASS);
     }
@@ -140,7 +141,8 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     }
     let Scratch { fib, .. } = A::scratch()?;
     if flow.flags & flags::TRANSIT == 0 {
-        translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl, flow.service)?;
+        frame::translate(frame, p, &Translation::of(&p.tuple, flow), 0)?;
+        metrics::count_service(flow.service, 1, p.ip_bytes, true);
         cache::fill(p, flow, way::STACK);
         return Some(xdp_action::XDP_PASS);
     }
@@ -154,7 +156,8 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     {
         return Some(left_to_tc());
     }
-    translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl - 1, flow.service)?;
+    frame::translate(frame, p, &Translation::of(&p.tuple, flow), 1)?;
+    metrics::count_service(flow.service, 1, p.ip_bytes, true);
     frame.write_macs(&forward::macs(fib))?;
     cache::fill(p, flow, way::ROUTED);
     Some(leave(fib.ifindex, p.ifindex))
@@ -174,18 +177,4 @@ fn leave(ifindex: u32, came_by: u32) -> u32 {
 fn takes_frames(to: u32, from: u32) -> bool {
     // SAFETY: read at once.
     to == from || unsafe { maps::DEVICES.get(to) }.is_some_and(|d| d.flags & device::flags::XDP_TARGET != 0)
-}
-
-/// Frames from a wire have finished checksums.
-#[inline(always)]
-fn translate<A: Wire>(
-    frame: Frame,
-    p: &Packet<A>,
-    new: &Translation<A>,
-    ttl: u8,
-    service: u32,
-) -> Option<()> {
-    frame::translate(frame, p, new, ttl)?;
-    metrics::count_service(service, 1, p.ip_bytes, true);
-    Some(())
 }
