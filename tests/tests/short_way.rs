@@ -11,7 +11,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use bed::{
     BACKEND_PORT, Bed, TICKS, Way, assert_packet, check_at, finish, l4_at, l4_bytes, pseudo, put, sum,
     unfinished,
