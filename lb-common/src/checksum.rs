@@ -3,7 +3,7 @@
 //! Sums are in the byte order of the packet: words are loaded natively and never swapped, which RFC 1071 section 2(B)
 //! allows.
 
-use crate::{Addr, Be16};
+use crate::{Addr, Be16, tuple::Tuple};
 
 /// A one's complement sum that has not been folded to 16 bits yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +98,25 @@ pub const fn update_udp(field: u16, delta: Sum) -> u16 {
     }
 }
 
+/// Sum of the pseudo-header of `bytes` of TCP or UDP (RFC 9293 section 3.1, RFC 8200 section 8.1).
+#[inline(always)]
+pub fn pseudo<A: Addr>(tuple: &Tuple<A>, bytes: u16) -> Sum {
+    let mut sum = Sum::new().add16(bytes.to_be()).add16((tuple.proto as u16).to_be());
+    let mut i = 0;
+    while i < A::WORDS {
+        sum = sum.add32(tuple.src.word(i)).add32(tuple.dst.word(i));
+        i += 1;
+    }
+    sum
+}
+
+/// True if the field holds this sum, not complemented: modulo 65535, where 0 and 65535 are one.
+#[inline(always)]
+pub const fn is_sum(field: u16, sum: Sum) -> bool {
+    // Only a sum of nothing folds to 0.
+    matches!(sum.sub16(field).fold16(), 0 | 0xffff)
+}
+
 /// The value of a 16-bit checksum field that a later checksum offload leaves as it is.
 ///
 /// A packet of a local stack may carry an unfinished L4 checksum that the device completes on sending: it stores
@@ -139,6 +158,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{Be32, V6};
 
     /// RFC 1071 section 4.1, written for clarity.
     fn full(data: &[u8]) -> u16 {
@@ -196,6 +216,34 @@ mod tests {
             prop_assert!(same(full(&[&pseudo[..], &data[..]].concat()), 0), "finished");
             prop_assert!(same(full(&data), sealed.check), "completed by a device");
         }
+    }
+
+    proptest! {
+        /// RFC 8200 section 8.1, laid out as bytes.
+        #[test]
+        fn a_pseudo_header_is_summed_as_it_is_laid_out(src: [u32; 4], dst: [u32; 4], bytes: u16, proto: u8) {
+            let mut header: Vec<u8> = src.iter().chain(&dst).flat_map(|word| word.to_be_bytes()).collect();
+            header.extend(u32::from(bytes).to_be_bytes());
+            header.extend([0, 0, 0, proto]);
+            let [src, dst] = [src, dst].map(|words| words.map(Be32::new));
+            let tuple = Tuple::<V6>::new(src, Be16::new(1), dst, Be16::new(2), proto);
+            prop_assert!(same(pseudo(&tuple, bytes).checksum(), full(&header)));
+            prop_assert!(is_sum(!full(&header), pseudo(&tuple, bytes)));
+        }
+
+        #[test]
+        fn a_field_is_a_sum_modulo_65535(field: u16, words: [u32; 3]) {
+            let sum = words.iter().fold(Sum::new().add16(1), |sum, word| sum.add32(*word));
+            prop_assert_eq!(is_sum(field, sum), u64::from(field) % 0xffff == sum.raw() % 0xffff);
+            prop_assert!(is_sum(sum.fold16(), sum));
+        }
+    }
+
+    #[test]
+    fn zero_and_65535_are_one_sum() {
+        let sum = Sum::new().add16(0xfff0).add16(0xf);
+        assert!(is_sum(0, sum) && is_sum(0xffff, sum) && !is_sum(1, sum));
+        assert!(is_sum(0, Sum::new()) && is_sum(0xffff, Sum::new()));
     }
 
     #[test]

@@ -23,8 +23,8 @@ pub struct Place {
     epoch: u32,
     /// The same for tuples without a flow.
     nothing_epoch: u32,
-    /// Of [`flow_cache::hook`].
-    hook: u8,
+    /// Of [`flow_cache::hook`]. No narrower than the others: padding would be copied byte by byte.
+    hook: u32,
 }
 
 /// The epoch at this index, low half.
@@ -50,7 +50,7 @@ impl Place {
         let slots = if A::IS_V6 { slots / 4 } else { slots };
         // SAFETY: no arguments, no effects.
         let cpu = unsafe { bpf_get_smp_processor_id() };
-        Self { slot: slot_index(cpu, slots, hash, hook), hash, epoch, nothing_epoch: 0, hook }
+        Self { slot: slot_index(cpu, slots, hash, hook), hash, epoch, nothing_epoch: 0, hook: hook as u32 }
     }
 
     /// To be called before the tables are asked, if the cache knows nothing.
@@ -130,7 +130,7 @@ fn note<A: Net>(flow: &Flow<A>, way: u32) -> u32 {
     }
     cached.fill(&p.tuple, flow, place.epoch);
     cached.counted_at = metrics::place_of(flow.service);
-    cached.hook = place.hook;
+    cached.hook = place.hook as u8;
     cached.way = way as u8;
     0
 }
@@ -158,7 +158,7 @@ fn note_nothing<A: Net>() -> u32 {
     cached.key = p.tuple;
     cached.stamped = p.now;
     cached.epoch = place.nothing_epoch;
-    cached.hook = place.hook;
+    cached.hook = place.hook as u8;
     cached.way = way::NOTHING;
     0
 }
@@ -181,21 +181,28 @@ fn free_slot<A: Net>(p: &Packet<A>, place: &Place, nothing: bool) -> Option<&'st
 
 /// Fresh flows keep their slot: two that took turns would write with every packet. A new map is all zeroes.
 #[inline(always)]
-fn is_others<A: Net>(cached: &CachedFlow<A>, p: &Packet<A>, hook: u8, nothing: bool) -> bool {
+fn is_others<A: Net>(cached: &CachedFlow<A>, p: &Packet<A>, hook: u32, nothing: bool) -> bool {
     cached.key.proto != 0
         && (nothing || cached.way != way::NOTHING)
         && !is_stale(cached.stamped, p.now, globals::jiffies_per_s())
         && !is_same(cached, &p.tuple, hook)
 }
 
-/// Compares without a branch for each word.
+/// Compares without a branch for each word. IPv6 has one in the middle: the compiler loads all words before it looks at any,
+/// which takes stack.
 #[inline(always)]
-fn is_same<A: Net>(cached: &CachedFlow<A>, b: &Tuple<A>, hook: u8) -> bool {
+fn is_same<A: Net>(cached: &CachedFlow<A>, b: &Tuple<A>, hook: u32) -> bool {
     let a = &cached.key;
     let ports = |t: &Tuple<A>| (t.sport.raw() as u32) << 16 | t.dport.raw() as u32;
-    let mut differences = (ports(a) ^ ports(b)) | (a.proto ^ b.proto) as u32 | (cached.hook ^ hook) as u32;
+    let mut differences = (ports(a) ^ ports(b)) | (a.proto ^ b.proto) as u32 | (cached.hook as u32 ^ hook);
     for i in 0..A::WORDS {
-        differences |= (a.src.word(i) ^ b.src.word(i)) | (a.dst.word(i) ^ b.dst.word(i));
+        differences |= a.src.word(i) ^ b.src.word(i);
+    }
+    if A::IS_V6 && differences != 0 {
+        return false;
+    }
+    for i in 0..A::WORDS {
+        differences |= a.dst.word(i) ^ b.dst.word(i);
     }
     differences == 0
 }

@@ -181,13 +181,13 @@ pub enum Parsed {
     Other,
 }
 
-/// Where the IP header of this frame is, and its EtherType. One VLAN tag in the data is skipped; a tag kept beside the
-/// data needs no skipping.
+/// Where the IP header of a frame with a VLAN tag in the data is, and its EtherType. One tag is skipped; a tag kept beside
+/// the data needs no skipping.
 #[inline(always)]
-pub fn network_header(skb: Skb) -> (u16, u32) {
+pub fn behind_tag(skb: Skb) -> (u16, u32) {
     let outer = skb.protocol();
     if outer != ethertype::VLAN && outer != ethertype::VLAN_SERVICE {
-        return (outer, ETHERNET_BYTES);
+        return (0, 0);
     }
     match skb.load::<u16>(ETHERNET_BYTES + 2) {
         Some(inner) => (inner, ETHERNET_BYTES + VLAN_BYTES),

@@ -68,6 +68,10 @@ impl Header for V6 {
         _delta: Sum,
     ) -> Result<(), Failed> {
         if ttl != p.ttl {
+            // No checksum makes up for the hop limit. Its word has whatever beside it.
+            skb.sum_has_grown(
+                Sum::new().sub16(u16::from_ne_bytes([0, p.ttl])).add16(u16::from_ne_bytes([0, ttl])),
+            );
             skb.store(p.l3 + 7, &ttl)?;
         }
         skb.store(p.l3 + 8, new.addresses())
@@ -87,7 +91,12 @@ pub fn rewrite<A: Header>(skb: Skb, p: &Packet<A>, new: &Tuple<A>, ttl: u8) -> R
         skb.csum_addresses(check, addresses, is_udp, A::IS_V6)?;
         if old.sport != new.sport || old.dport != new.dport {
             let ports = Sum::new().replace_port(old.sport, new.sport).replace_port(old.dport, new.dport);
-            skb.csum_ports(check, ports, is_udp)?;
+            if is_udp && skb.load::<u16>(check) == Some(0) {
+                // No checksum that makes up for the ports.
+                skb.sum_has_grown(ports);
+            } else {
+                skb.csum_ports(check, ports, is_udp)?;
+            }
             skb.store(p.l4, &parse::ports(new))?;
         }
     }

@@ -1,5 +1,5 @@
-//! Checked loads and stores on an skb. Every helper here that changes the packet may move it; nothing in this crate
-//! keeps a pointer into an skb, so nothing can dangle.
+//! Checked loads and stores on an skb. Every helper here that changes the packet may move it: nothing keeps a
+//! [`crate::frame::Frame`] of an skb over such a call (the verifier would refuse it).
 
 use core::{ffi::c_void, mem::MaybeUninit};
 
@@ -10,11 +10,16 @@ use aya_ebpf::{
 };
 use lb_common::checksum::Sum;
 
+use crate::globals;
+
 /// `bpf_l4_csum_replace`: the difference belongs to the pseudo-header, so it counts even while the checksum is left
 /// to the device.
 const PSEUDO_HDR: u64 = 0x10;
 /// `bpf_l4_csum_replace`: UDP, where 0 means no checksum.
 const MARK_MANGLED_0: u64 = 0x20;
+
+/// First word of the note that a packet is redirected; the second is the agent's seed. An odd multiplier of the golden ratio.
+const SENT: u32 = 0x9e37_79b1;
 
 /// A packet in a tc program.
 #[derive(Clone, Copy)]
@@ -52,6 +57,35 @@ impl Skb {
     pub fn packet_type(self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.0).pkt_type }
+    }
+
+    /// Notes in the packet's scratch bytes (`cb`) that it is redirected: this hook and the one where it leaves have them to
+    /// themselves. The IP stack, bridges and tunnels begin with clearing them.
+    #[inline(always)]
+    pub fn mark_sent(self) {
+        // SAFETY: the context of the running program.
+        unsafe {
+            (*self.0).cb[0] = SENT;
+            (*self.0).cb[1] = globals::hash_seed();
+        }
+    }
+
+    /// True after [`Self::mark_sent`]. What others leave there has no reason to look like it.
+    #[inline(always)]
+    pub fn is_sent(self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0).cb[0] == SENT && (*self.0).cb[1] == globals::hash_seed() }
+    }
+
+    /// For packets that come in: they may have left this node, and be others by now.
+    #[inline(always)]
+    pub fn clear_sent(self) {
+        // SAFETY: as above.
+        unsafe {
+            if (*self.0).cb[0] == SENT {
+                (*self.0).cb[0] = 0;
+            }
+        }
     }
 
     /// EtherType, network order.
@@ -116,6 +150,14 @@ impl Skb {
         if code == 0 { Ok(()) } else { Err(Failed) }
     }
 
+    /// After writes to the data itself: a checksum that the device summed over the whole packet (CHECKSUM_COMPLETE) follows
+    /// them. `growth` is what the sum of all bytes from the IP header on has grown by.
+    #[inline(always)]
+    pub fn sum_has_grown(self, growth: Sum) {
+        // SAFETY: plain integers. Fails where there is no such sum, which is fine.
+        unsafe { bpf_csum_update(self.0, growth.fold32()) };
+    }
+
     /// Applies a change of the addresses to the layer 4 checksum at `offset`, finished or left to the device.
     ///
     /// On IPv6 nothing in the network header makes up for the change, which the helper assumes for a checksum that
@@ -123,13 +165,19 @@ impl Skb {
     /// 6.16): the second call undoes that, on every kernel.
     #[inline(always)]
     pub fn csum_addresses(self, offset: u32, delta: Sum, is_udp: bool, is_v6: bool) -> Result<(), Failed> {
+        self.csum_pseudo_header(offset, delta, is_udp)?;
+        if is_v6 {
+            self.sum_has_grown(delta);
+        }
+        Ok(())
+    }
+
+    /// [`Self::csum_addresses`] with the helper's assumption.
+    #[inline(always)]
+    pub fn csum_pseudo_header(self, offset: u32, delta: Sum, is_udp: bool) -> Result<(), Failed> {
         let flags = PSEUDO_HDR | if is_udp { MARK_MANGLED_0 } else { 0 };
         // SAFETY: plain integers.
         let code = unsafe { bpf_l4_csum_replace(self.0, offset, 0, delta.fold32() as u64, flags) };
-        if is_v6 {
-            // SAFETY: plain integers. Fails where there is no such sum, which is fine.
-            unsafe { bpf_csum_update(self.0, delta.fold32()) };
-        }
         if code == 0 { Ok(()) } else { Err(Failed) }
     }
 

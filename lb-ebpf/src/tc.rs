@@ -15,12 +15,12 @@ use crate::{
     conntrack, echo,
     forward::{self, Fib, NextHop},
     fragments,
-    frame::{self, Frame, Plain},
+    frame::{self, Frame, Plain, Translation},
     globals, icmp,
     lookup::{self, Found, Hook},
     metrics,
     net::{Packet, Scratch},
-    parse::{ETHERNET_BYTES, Parse, Parsed, ethertype, network_header},
+    parse::{ETHERNET_BYTES, Parse, Parsed, behind_tag, ethertype},
     reset,
     rewrite::{Header, rewrite},
     service::Refusal,
@@ -48,39 +48,68 @@ impl Family for V6 {}
 
 #[inline(always)]
 pub fn ingress(skb: Skb) -> i32 {
-    match network_header(skb) {
-        (ethertype::IPV4, l3) => ingress4(skb, l3),
-        (ethertype::IPV6, l3) => ingress6(skb, l3),
-        _ => NEXT,
+    skb.clear_sent();
+    match skb.protocol() {
+        ethertype::IPV4 => match noted::<V4>(skb, hook::INGRESS) {
+            LONG_WAY => ingress4(skb, ETHERNET_BYTES, true),
+            NOT_PLAIN => ingress4(skb, ETHERNET_BYTES, false),
+            code => code,
+        },
+        ethertype::IPV6 => match noted::<V6>(skb, hook::INGRESS) {
+            LONG_WAY => ingress6(skb, ETHERNET_BYTES, true),
+            NOT_PLAIN => ingress6(skb, ETHERNET_BYTES, false),
+            code => code,
+        },
+        _ => match behind_tag(skb) {
+            (ethertype::IPV4, l3) => ingress4(skb, l3, false),
+            (ethertype::IPV6, l3) => ingress6(skb, l3, false),
+            _ => NEXT,
+        },
     }
 }
 
 #[inline(always)]
 pub fn egress(skb: Skb) -> i32 {
-    match network_header(skb) {
-        (ethertype::IPV4, l3) => egress4(skb, l3),
-        (ethertype::IPV6, l3) => egress6(skb, l3),
-        _ => NEXT,
+    if skb.is_sent() {
+        // Translated where it came in.
+        return NEXT;
+    }
+    match skb.protocol() {
+        ethertype::IPV4 => match noted::<V4>(skb, hook::EGRESS) {
+            LONG_WAY => egress4(skb, ETHERNET_BYTES, true),
+            NOT_PLAIN => egress4(skb, ETHERNET_BYTES, false),
+            code => code,
+        },
+        ethertype::IPV6 => match noted::<V6>(skb, hook::EGRESS) {
+            LONG_WAY => egress6(skb, ETHERNET_BYTES, true),
+            NOT_PLAIN => egress6(skb, ETHERNET_BYTES, false),
+            code => code,
+        },
+        _ => match behind_tag(skb) {
+            (ethertype::IPV4, l3) => egress4(skb, l3, false),
+            (ethertype::IPV6, l3) => egress6(skb, l3, false),
+            _ => NEXT,
+        },
     }
 }
 
-// One function per family and direction: each gets a stack frame of its own (the limit is 512 bytes).
+// The tables, one function per family and direction: each gets a stack frame of its own (the limit is 512 bytes).
 
 #[inline(never)]
-fn ingress4(skb: Skb, l3: u32) -> i32 {
-    action(on_ingress::<V4>(skb, l3))
+fn ingress4(skb: Skb, l3: u32, is_read: bool) -> i32 {
+    action(on_ingress::<V4>(skb, l3, is_read))
 }
 #[inline(never)]
-fn ingress6(skb: Skb, l3: u32) -> i32 {
-    action(on_ingress::<V6>(skb, l3))
+fn ingress6(skb: Skb, l3: u32, is_read: bool) -> i32 {
+    action(on_ingress::<V6>(skb, l3, is_read))
 }
 #[inline(never)]
-fn egress4(skb: Skb, l3: u32) -> i32 {
-    action(on_egress::<V4>(skb, l3))
+fn egress4(skb: Skb, l3: u32, is_read: bool) -> i32 {
+    action(on_egress::<V4>(skb, l3, is_read))
 }
 #[inline(never)]
-fn egress6(skb: Skb, l3: u32) -> i32 {
-    action(on_egress::<V6>(skb, l3))
+fn egress6(skb: Skb, l3: u32, is_read: bool) -> i32 {
+    action(on_egress::<V6>(skb, l3, is_read))
 }
 
 #[inline(always)]
@@ -95,16 +124,12 @@ pub fn action(outcome: Outcome) -> i32 {
 }
 
 #[inline(always)]
-fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
-    let noted = noted::<A>(skb, l3, hook::INGRESS);
-    if noted != LONG_WAY && noted != NOT_PLAIN {
-        return Ok(noted);
-    }
-    let Some(Scratch { packet: p, is_routed, .. }) = A::scratch() else { return Ok(NEXT) };
+fn on_ingress<A: Family>(skb: Skb, l3: u32, is_read: bool) -> Outcome {
+    let Some(Scratch { packet: p, place, is_routed, .. }) = A::scratch() else { return Ok(NEXT) };
     *is_routed = 0;
     p.ifindex = skb.ifindex();
     p.addressee.kind = skb.packet_type();
-    match if noted == LONG_WAY { Parsed::Packet } else { parse(skb, l3, p) } {
+    match if is_read { rest(skb, p, place) } else { parse(skb, l3, p, place) } {
         Parsed::Packet if p.is_first_fragment() => {
             if !fragments::on_first(skb, p) {
                 return Err(Counter::DropRewriteFailed);
@@ -144,15 +169,11 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32) -> Outcome {
 }
 
 #[inline(always)]
-fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
-    let noted = noted::<A>(skb, l3, hook::EGRESS);
-    if noted != LONG_WAY && noted != NOT_PLAIN {
-        return Ok(noted);
-    }
-    let Some(Scratch { packet: p, .. }) = A::scratch() else { return Ok(NEXT) };
+fn on_egress<A: Family>(skb: Skb, l3: u32, is_read: bool) -> Outcome {
+    let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return Ok(NEXT) };
     p.ifindex = skb.ifindex();
     p.addressee.kind = skb.packet_type();
-    match if noted == LONG_WAY { Parsed::Packet } else { parse(skb, l3, p) } {
+    match if is_read { rest(skb, p, place) } else { parse(skb, l3, p, place) } {
         Parsed::Packet => {}
         Parsed::IcmpError => return Ok(icmp::translate(skb, p, flags::AT_EGRESS)),
         Parsed::Echo | Parsed::Other => return Ok(NEXT),
@@ -179,71 +200,95 @@ fn on_egress<A: Family>(skb: Skb, l3: u32) -> Outcome {
 
 /// What this CPU has noted about the packet's flow, done; [`LONG_WAY`] or [`NOT_PLAIN`] if there is more to it.
 #[inline(always)]
-fn noted<A: Family>(skb: Skb, l3: u32, hook: u8) -> i32 {
+fn noted<A: Family>(skb: Skb, hook: u8) -> i32 {
+    let frame = Frame::of_skb(skb);
     let Some(Scratch { packet: p, place, .. }) = A::scratch() else { return NOT_PLAIN };
-    if l3 != ETHERNET_BYTES || !read_plain(skb, p) {
-        *place = Place::NOWHERE;
+    if !frame::parse(frame, p) {
         return NOT_PLAIN;
     }
+    p.now = conntrack::now();
     *place = Place::of(p, hook);
-    let code = match cache::find(p, place) {
+    match cache::find(p, place) {
         None => LONG_WAY,
         Some(cached) if cached.way == way::NOTHING => NEXT,
-        Some(cached) => short_way(skb, p, cached),
-    };
-    if code == LONG_WAY {
-        place.before_tables();
+        Some(cached) => send_noted(skb, frame, p, cached),
     }
-    code
 }
 
-/// Fills `p` but for the device and the addressee. False if the packet is not plain.
+/// The short way.
 #[inline(always)]
-fn read_plain<A: Family>(skb: Skb, p: &mut Packet<A>) -> bool {
-    let frame = Frame::of_skb(skb);
-    if !frame::parse(frame, p) {
-        return false;
+fn send_noted<A: Family>(skb: Skb, frame: Frame, p: &mut Packet<A>, cached: &CachedFlow<A>) -> i32 {
+    let leaves = cached.way == way::ROUTED;
+    if leaves && (p.ttl <= 1 || skb.has_vlan()) {
+        return LONG_WAY;
     }
+    if skb.gso_size() != 0 || frame::may_be_unfinished(frame, p) {
+        return send_unfinished(skb, p, cached);
+    }
+    if leaves && p.ip_bytes > cached.next_hop.mtu as u32 {
+        return LONG_WAY;
+    }
+    let new = Translation::noted(cached);
+    let Some(growth) = frame::translate(frame, p, &new, leaves as u8) else { return LONG_WAY };
+    skb.sum_has_grown(growth);
+    metrics::count_service(cached.counted_at, 1, p.ip_bytes, false);
+    go_on(skb, frame, cached)
+}
+
+/// The same for packets whose checksum may be left to the device. Not inlined, for the stack's sake.
+#[inline(never)]
+fn send_unfinished<A: Family>(skb: Skb, p: &mut Packet<A>, cached: &CachedFlow<A>) -> i32 {
+    let leaves = cached.way == way::ROUTED;
+    if !read_rest(skb, p) || leaves && wire_bytes(skb, p) > cached.next_hop.mtu as u32 {
+        return LONG_WAY;
+    }
+    if frame::translate_unfinished(skb, p, &Translation::noted(cached), leaves as u8).is_err() {
+        return action(Err(Counter::DropRewriteFailed));
+    }
+    metrics::count_service(cached.counted_at, skb.packets(), p.ip_bytes, false);
+    go_on(skb, Frame::of_skb(skb), cached)
+}
+
+/// Sends a translated packet where its flow goes.
+#[inline(always)]
+fn go_on<A: Family>(skb: Skb, frame: Frame, cached: &CachedFlow<A>) -> i32 {
+    if cached.way != way::ROUTED {
+        return NEXT;
+    }
+    let hop = &cached.next_hop;
+    if frame.write_macs(&hop.macs).is_none() {
+        return action(Err(Counter::DropRewriteFailed));
+    }
+    skb.mark_sent();
+    // SAFETY: plain integers.
+    unsafe { bpf_redirect(hop.ifindex as u32, 0) as i32 }
+}
+
+/// What the cache has not asked about a plain packet. False if it has no such header.
+#[inline(always)]
+fn read_rest<A: Family>(skb: Skb, p: &mut Packet<A>) -> bool {
     p.l3 = ETHERNET_BYTES;
     p.l4 = A::L4 as u32;
     p.l4_bytes = 8;
-    if p.tuple.proto == proto::TCP {
-        let Some(offset) = frame.read::<u8>(A::L4 + 12) else { return false };
-        p.l4_bytes = (offset >> 4) << 2;
-    }
     p.is_fragment = false;
     p.is_later_fragment = false;
-    p.now = conntrack::now();
+    if p.tuple.proto == proto::TCP {
+        let Some(offset) = Frame::of_skb(skb).read::<u8>(A::L4 + 12) else { return false };
+        p.l4_bytes = (offset >> 4) << 2;
+    }
     true
 }
 
-/// Not inlined, for the stack's sake.
-#[inline(never)]
-fn short_way<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> i32 {
-    action(send_noted(skb, p, cached))
+/// Completes what [`noted`] has read.
+#[inline(always)]
+fn rest<A: Family>(skb: Skb, p: &mut Packet<A>, place: &mut Place) -> Parsed {
+    place.before_tables();
+    if read_rest(skb, p) { Parsed::Packet } else { Parsed::Other }
 }
 
 #[inline(always)]
-fn send_noted<A: Family>(skb: Skb, p: &Packet<A>, cached: &CachedFlow<A>) -> Outcome {
-    let new = cached.rewritten(p.tuple.proto);
-    let hop = &cached.next_hop;
-    if cached.way == way::STACK {
-        rewrite(skb, p, &new, p.ttl).map_err(|_| Counter::DropRewriteFailed)?;
-        metrics::count_service(cached.counted_at, skb.packets(), p.ip_bytes, false);
-        return Ok(NEXT);
-    }
-    if p.ttl <= 1 || is_tagged(skb, p) || wire_bytes(skb, p) > hop.mtu as u32 {
-        return Ok(LONG_WAY);
-    }
-    rewrite(skb, p, &new, p.ttl - 1).map_err(|_| Counter::DropRewriteFailed)?;
-    skb.store(0, &hop.macs).map_err(|_| Counter::DropRewriteFailed)?;
-    metrics::count_service(cached.counted_at, skb.packets(), p.ip_bytes, false);
-    // SAFETY: plain integers.
-    Ok(unsafe { bpf_redirect(hop.ifindex as u32, 0) } as i32)
-}
-
-#[inline(always)]
-fn parse<A: Family>(skb: Skb, l3: u32, p: &mut Packet<A>) -> Parsed {
+fn parse<A: Family>(skb: Skb, l3: u32, p: &mut Packet<A>, place: &mut Place) -> Parsed {
+    *place = Place::NOWHERE;
     p.now = conntrack::now();
     A::parse(skb, l3, p)
 }
@@ -327,7 +372,7 @@ fn on_transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
     {
         cache::fill(p, flow, way::ROUTED);
     }
-    leave(fib, via)
+    leave(skb, fib, via)
 }
 
 #[inline(always)]
@@ -348,7 +393,8 @@ fn wire_bytes<A: Family>(skb: Skb, p: &Packet<A>) -> u32 {
 /// it alive: the MAC address from the routing table would be used on when nobody answers there any more.
 /// It need not look for the route again.
 #[inline(always)]
-fn leave(fib: &Fib, via: &mut NextHop) -> Outcome {
+fn leave(skb: Skb, fib: &Fib, via: &mut NextHop) -> Outcome {
+    skb.mark_sent();
     *via = NextHop::of(fib);
     let (via, bytes) = ((via as *mut NextHop).cast(), size_of::<NextHop>() as i32);
     // SAFETY: the parameters are a valid struct of the size given.
@@ -366,7 +412,7 @@ pub fn send_error<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>, src: &A, f
     }
     match forward::route(skb.ctx(), p, src, &flow.dst, 0, fib) {
         forward::result::SUCCESS | forward::result::NO_NEIGH => match A::scratch() {
-            Some(Scratch { via, .. }) => leave(fib, via),
+            Some(Scratch { via, .. }) => leave(skb, fib, via),
             None => Err(Counter::DropBadMap),
         },
         _ => Err(Counter::DropNoRoute),

@@ -11,19 +11,16 @@ use aya_ebpf::{
 };
 use lb_common::{
     V4, V6,
-    checksum::{self, Sum},
     conntrack::{Flow, flags},
     device,
     flow_cache::{CachedFlow, hook, way},
-    proto,
-    tuple::Tuple,
     verdict::Counter,
 };
 
 use crate::{
     cache::{self, Place},
     conntrack, forward,
-    frame::{self, Frame, L3, Plain},
+    frame::{self, Frame, L3, Plain, Translation},
     lookup::{self, Found, Hook},
     maps, metrics,
     net::{Addressee, Packet, Scratch},
@@ -35,8 +32,6 @@ use crate::{
 trait Wire: Plain + Printed {
     /// What the cache has nothing to say about.
     fn long_way(ctx: *mut xdp_md) -> u32;
-    /// Writes addresses and TTL.
-    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()>;
 }
 
 impl Wire for V4 {
@@ -44,38 +39,12 @@ impl Wire for V4 {
     fn long_way(ctx: *mut xdp_md) -> u32 {
         long_way4(ctx)
     }
-
-    #[inline(always)]
-    fn write_header(frame: Frame, p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
-        let delta = new
-            .l3_delta
-            .sub16(u16::from_ne_bytes([p.ttl, p.tuple.proto]))
-            .add16(u16::from_ne_bytes([ttl, p.tuple.proto]));
-        frame.write(L3 + 8, ttl)?;
-        frame.write(L3 + 10, checksum::update(p.ip_check, delta))?;
-        frame.write(L3 + 12, *new.src)?;
-        frame.write(L3 + 16, *new.dst)
-    }
 }
 
 impl Wire for V6 {
     #[inline(always)]
     fn long_way(ctx: *mut xdp_md) -> u32 {
         long_way6(ctx)
-    }
-
-    #[inline(always)]
-    fn write_header(frame: Frame, _p: &Packet<Self>, new: &Translation<Self>, ttl: u8) -> Option<()> {
-        frame.write(L3 + 7, ttl)?;
-        let words = frame.addresses6()?;
-        for i in 0..4 {
-            // SAFETY: as in `read_header`.
-            unsafe {
-                (*words.add(i)).0 = new.src[i];
-                (*words.add(4 + i)).0 = new.dst[i];
-            }
-        }
-        Some(())
     }
 }
 
@@ -157,14 +126,8 @@ fn send_cached<A: Wire>(frame: Frame, p: &Packet<A>, cached: &CachedFlow<A>) -> 
     if leaves && (p.ttl <= 1 || p.ip_bytes > hop.mtu as u32) {
         return None;
     }
-    let new = Translation {
-        src: &cached.src,
-        dst: &cached.dst,
-        ports: cached.ports,
-        l4_delta: Sum::new().add16(cached.l4_delta),
-        l3_delta: Sum::new().add16(cached.l3_delta),
-    };
-    translate(frame, p, &new, if leaves { p.ttl - 1 } else { p.ttl })?;
+    // Frames from a wire have finished checksums.
+    frame::translate(frame, p, &Translation::noted(cached), leaves as u8)?;
     metrics::count_service(cached.counted_at, 1, p.ip_bytes, true);
     if !leaves {
         return Some(xdp_action::XDP_PASS);
@@ -180,7 +143,7 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     }
     let Scratch { fib, is_routed, .. } = A::scratch()?;
     if flow.flags & flags::TRANSIT == 0 {
-        translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl)?;
+        frame::translate(frame, p, &Translation::of(&p.tuple, flow), 0)?;
         metrics::count_service(metrics::place_of(flow.service), 1, p.ip_bytes, true);
         cache::fill(p, flow, way::STACK);
         return Some(xdp_action::XDP_PASS);
@@ -195,7 +158,7 @@ fn send_on<A: Wire>(frame: Frame, p: &Packet<A>, flow: &Flow<A>) -> Option<u32> 
     {
         return Some(left_to_tc());
     }
-    translate(frame, p, &Translation::of(&p.tuple, flow), p.ttl - 1)?;
+    frame::translate(frame, p, &Translation::of(&p.tuple, flow), 1)?;
     metrics::count_service(metrics::place_of(flow.service), 1, p.ip_bytes, true);
     frame.write_macs(&forward::macs(fib))?;
     cache::fill(p, flow, way::ROUTED);
@@ -216,45 +179,4 @@ fn leave(ifindex: u32, came_by: u32) -> u32 {
 fn takes_frames(to: u32, from: u32) -> bool {
     // SAFETY: read at once.
     to == from || unsafe { maps::DEVICES.get(to) }.is_some_and(|d| d.flags & device::flags::XDP_TARGET != 0)
-}
-
-/// What becomes of a packet's addresses and ports, and what that changes in its checksums.
-struct Translation<'a, A> {
-    src: &'a A,
-    dst: &'a A,
-    /// As a header starts with them.
-    ports: u32,
-    /// Addresses and ports.
-    l4_delta: Sum,
-    /// Addresses.
-    l3_delta: Sum,
-}
-
-impl<'a, A: Wire> Translation<'a, A> {
-    #[inline(always)]
-    fn of(old: &Tuple<A>, flow: &'a Flow<A>) -> Self {
-        let l3_delta = Sum::new().replace_addr(&old.src, &flow.src).replace_addr(&old.dst, &flow.dst);
-        Self {
-            src: &flow.src,
-            dst: &flow.dst,
-            ports: flow.ports(),
-            l4_delta: l3_delta.replace_port(old.sport, flow.sport).replace_port(old.dport, flow.dport),
-            l3_delta,
-        }
-    }
-}
-
-/// Writes a translation. All headers were read before, so nothing here can fail halfway.
-#[inline(always)]
-fn translate<A: Wire>(frame: Frame, p: &Packet<A>, new: &Translation<A>, ttl: u8) -> Option<()> {
-    if p.tuple.proto == proto::UDP {
-        let at = A::L4 + 6;
-        frame.write(at, checksum::update_udp(frame.read(at)?, new.l4_delta))?;
-    } else {
-        let at = A::L4 + 16;
-        frame.write(at, checksum::update(frame.read(at)?, new.l4_delta))?;
-    }
-    frame.write(A::L4, new.ports)?;
-    A::write_header(frame, p, new, ttl)?;
-    Some(())
 }

@@ -563,7 +563,8 @@ pub fn ip(args: &str) -> Result<()> {
     Ok(())
 }
 
-fn ifindex(name: &str) -> Result<u32> {
+/// Of a device in the calling thread's namespace.
+pub fn ifindex(name: &str) -> Result<u32> {
     let name = std::ffi::CString::new(name)?;
     // SAFETY: a valid C string.
     match unsafe { libc::if_nametoindex(name.as_ptr()) } {

@@ -26,6 +26,7 @@ pub mod raw;
 pub mod rule;
 pub mod shared;
 pub mod traffic;
+pub mod vnet;
 
 use std::time::{Duration, Instant};
 

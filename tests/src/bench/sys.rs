@@ -263,6 +263,12 @@ pub fn attach_tcx(program: BorrowedFd, ifindex: u32) -> Result<OwnedFd> {
     attach(program, ifindex, BPF_TCX_INGRESS, 0)
 }
 
+/// The same for what leaves.
+pub fn attach_tcx_egress(program: BorrowedFd, ifindex: u32) -> Result<OwnedFd> {
+    const BPF_TCX_EGRESS: u32 = 47;
+    attach(program, ifindex, BPF_TCX_EGRESS, 0)
+}
+
 /// `kind`: enum bpf_attach_type.
 fn attach(program: BorrowedFd, ifindex: u32, kind: u32, flags: u32) -> Result<OwnedFd> {
     #[repr(C)]
