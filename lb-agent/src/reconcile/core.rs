@@ -6,19 +6,19 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tokio::sync::watch;
+mod intake;
 
 use super::{later::Pending, rejections::Rejections};
 use crate::{
     healthcheck::{self, Tracker},
     maps::{Applied, MapError, Maps, Refused},
-    model::{Dirty, Model, ServiceKey, convert},
+    model::{Model, ServiceKey},
     plan::{
         ActualState, Capacities, Held, MapOp, NodeView, Plan, Planner, Retired, no_local::NoLocalEndpoints,
         nodeport::loopback_addresses,
     },
     settings::NodePortAddresses,
-    source::{Missing, Object, ObjectRef},
+    source::ObjectRef,
 };
 
 /// Plans that free room are followed by another one for whoever waits for it: at most so many times in one turn.
@@ -123,10 +123,11 @@ pub struct Core<K> {
     health_checks: Tracker,
 }
 
-impl<K: Kernel> Core<K> {
-    pub fn new(kernel: K, rules: NodeRules) -> Self {
+impl Core<()> {
+    /// Objects can be taken in before there are maps.
+    pub fn without_maps(rules: NodeRules) -> Self {
         Self {
-            kernel,
+            kernel: (),
             model: Model::new(&rules.name),
             planner: None,
             pending: Pending::default(),
@@ -145,51 +146,32 @@ impl<K: Kernel> Core<K> {
         }
     }
 
-    /// Which health check servers the node is to have, as of the last turn that succeeded.
-    pub fn health_checks(&self) -> watch::Receiver<healthcheck::Desired> {
-        self.health_checks.subscribe()
-    }
-
-    /// Takes in a new or changed object. A part that cannot be understood is left out and said; of an object that
-    /// cannot be understood at all, the last good state stays.
-    pub fn apply(&mut self, object: &Object) {
-        match convert::object(object) {
-            Ok(converted) => {
-                self.rejections.converted(object.reference(), converted.rejections);
-                let dirty = self.model.apply(converted.object);
-                self.mark(dirty);
-                self.replan |= self.unconverted.remove(&object.reference()).is_some();
-            }
-            Err(rejection) => {
-                self.rejections.converted(object.reference(), vec![rejection]);
-                self.hold(object);
-            }
+    /// The maps are there.
+    pub fn with<K>(self, kernel: K) -> Core<K> {
+        Core {
+            kernel,
+            model: self.model,
+            planner: self.planner,
+            pending: self.pending,
+            has_room: self.has_room,
+            rules: self.rules,
+            view: self.view,
+            dirty: self.dirty,
+            all_dirty: self.all_dirty,
+            revision: self.revision,
+            cidrs_dirty: self.cidrs_dirty,
+            replan: self.replan,
+            missing: self.missing,
+            unconverted: self.unconverted,
+            rejections: self.rejections,
+            health_checks: self.health_checks,
         }
     }
+}
 
-    /// Takes in what the source cannot read as of now.
-    pub fn missing(&mut self, missing: &Missing) {
-        let services = missing.services.iter().map(|(namespace, name)| ServiceKey::new(namespace, name));
-        self.missing = Held { services: services.collect(), unknown: missing.unknown };
-        self.replan = true;
-    }
-
-    /// Of an object that was never understood, what an earlier run programmed is the last good state.
-    fn hold(&mut self, object: &Object) {
-        let reference = object.reference();
-        if self.is_started() || self.unconverted.contains_key(&reference) {
-            return;
-        }
-        let service = match object {
-            Object::Service(_) => Some(ServiceKey::new(&reference.namespace, &reference.name)),
-            Object::EndpointSlice(slice) => {
-                let labels = slice.metadata.labels.as_ref();
-                let name = labels.and_then(|l| l.get(convert::SERVICE_NAME_LABEL));
-                name.map(|name| ServiceKey::new(&reference.namespace, name))
-            }
-            Object::Node(_) | Object::ServiceCidr(_) => return,
-        };
-        self.unconverted.insert(reference, service);
+impl<K: Kernel> Core<K> {
+    pub fn new(kernel: K, rules: NodeRules) -> Self {
+        Core::without_maps(rules).with(kernel)
     }
 
     fn held(&self) -> Held {
@@ -198,42 +180,9 @@ impl<K: Kernel> Core<K> {
         held
     }
 
-    /// Takes in that an object is gone.
-    pub fn delete(&mut self, object: &ObjectRef) {
-        self.rejections.deleted(object);
-        let dirty = self.model.apply(convert::deleted(object));
-        self.mark(dirty);
-        self.replan |= self.unconverted.remove(object).is_some();
-    }
-
-    fn mark(&mut self, dirty: Dirty) {
-        match dirty {
-            Dirty::Nothing => return,
-            Dirty::Services(keys) => self.dirty.extend(keys),
-            Dirty::All => self.all_dirty = true,
-            Dirty::ServiceCidrs => self.cidrs_dirty = true,
-        }
-        self.revision += 1;
-    }
-
-    /// Another number after every change that makes something stale.
-    pub fn revision(&self) -> u64 {
-        self.revision
-    }
-
-    /// Something has changed since the last turn.
-    pub fn is_dirty(&self) -> bool {
-        self.all_dirty || self.cidrs_dirty || self.replan || self.has_room || !self.dirty.is_empty()
-    }
-
     /// The next turn looks at a few Services and reads no maps, unless the addresses of the node have changed.
     pub fn is_brief(&self) -> bool {
         self.planner.is_some() && !self.all_dirty && !self.replan && self.dirty.len() <= BRIEF
-    }
-
-    /// There has been a first turn.
-    pub fn is_started(&self) -> bool {
-        self.view.is_some()
     }
 
     /// Programs what has changed: work in proportion to that. `local` are the addresses of this network namespace.
