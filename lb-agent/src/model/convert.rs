@@ -108,7 +108,7 @@ pub fn node(node: &core::Node) -> Result<Converted<Node>, Rejection> {
         list.extend(report.keep(|| format!("status.addresses[{i}]"), address_of(&address.address)));
     }
     let object = Node {
-        name: report.object.name.as_str().into(),
+        name: report.name.into(),
         zone: zone.filter(|z| !z.is_empty()).map(|z| z.as_str().into()),
         internal_ips,
         external_ips,
@@ -124,45 +124,48 @@ pub fn service_cidr(object: &networking::ServiceCIDR) -> Result<Converted<Servic
     let cidrs = texts
         .filter_map(|(i, text)| report.keep(|| format!("spec.cidrs[{i}]"), prefix_of(text.trim())))
         .collect();
-    let object = ServiceCidr { name: report.object.name.as_str().into(), cidrs };
+    let object = ServiceCidr { name: report.name.into(), cidrs };
     Ok(report.converted(object))
 }
 
 /// Collects what is refused of one object.
-struct Report {
-    object: ObjectRef,
+struct Report<'a> {
+    kind: Kind,
+    namespace: &'a str,
+    name: &'a str,
     rejections: Vec<Rejection>,
 }
 
-impl Report {
+impl<'a> Report<'a> {
     /// Without a name an object is nothing.
-    fn new(kind: Kind, metadata: &ObjectMeta) -> Result<Self, Rejection> {
-        let object = ObjectRef {
-            kind,
-            namespace: match kind {
-                _ if !kind.is_namespaced() => String::new(),
-                // The API server's own default for a manifest that does not say.
-                _ => metadata.namespace.clone().unwrap_or_else(|| "default".to_owned()),
-            },
-            name: metadata.name.clone().unwrap_or_default(),
+    fn new(kind: Kind, metadata: &'a ObjectMeta) -> Result<Self, Rejection> {
+        let namespace = match kind {
+            _ if !kind.is_namespaced() => "",
+            // The API server's own default for a manifest that does not say.
+            _ => metadata.namespace.as_deref().unwrap_or("default"),
         };
-        let check = |field: &str, name: &str| {
-            let reason = match name {
-                "" => Reason::Missing,
-                _ if is_name(name) => return Ok(()),
-                _ => Reason::BadName(name.to_owned()),
-            };
-            Err(Rejection { object: object.clone(), field: field.to_owned(), reason })
-        };
-        check("metadata.name", &object.name)?;
+        let name = metadata.name.as_deref().unwrap_or_default();
+        let report = Self { kind, namespace, name, rejections: Vec::new() };
+        report.check("metadata.name", name)?;
         if kind.is_namespaced() {
-            check("metadata.namespace", &object.namespace)?;
+            report.check("metadata.namespace", namespace)?;
         }
-        Ok(Self { object, rejections: Vec::new() })
+        Ok(report)
+    }
+
+    fn check(&self, field: &str, name: &str) -> Result<(), Rejection> {
+        let reason = match name {
+            "" => Reason::Missing,
+            _ if is_name(name) => return Ok(()),
+            _ => Reason::BadName(name.to_owned()),
+        };
+        Err(self.rejection(field, reason))
     }
 
     fn rejection(&self, field: impl Into<String>, reason: Reason) -> Rejection {
-        Rejection { object: self.object.clone(), field: field.into(), reason }
+        let object =
+            ObjectRef { kind: self.kind, namespace: self.namespace.to_owned(), name: self.name.to_owned() };
+        Rejection { object, field: field.into(), reason }
     }
 
     fn refuse(&mut self, field: impl Into<String>, reason: Reason) {

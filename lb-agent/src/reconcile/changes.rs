@@ -27,16 +27,16 @@ impl Changes {
 
     /// Takes in an event; `changed`: it made something stale.
     pub fn note(&mut self, event: &Event, changed: bool, metrics: &KubeProxy) {
-        let object = match event {
-            Event::Apply(object) => object.reference(),
-            Event::Delete(object) => object.clone(),
+        let kind = match event {
+            Event::Apply(object) => object.kind(),
+            Event::Delete(object) => object.kind,
             Event::Missing(_) | Event::Synced => return,
         };
-        match object.kind {
+        match kind {
             Kind::Service => {
                 metrics.count_service_change();
                 if changed {
-                    self.services.insert(object);
+                    self.services.extend(reference(event));
                 }
             }
             Kind::EndpointSlice => {
@@ -57,9 +57,18 @@ impl Changes {
             // A clock that is behind that of the control plane makes it 0.
             metrics.network_programmed(family, now.duration_since(at).unwrap_or_default());
         }
-        self.services.clear();
+        // Not cleared: after the first lists that would keep room for all Services.
+        self.services = HashSet::new();
         self.slices = 0;
         metrics.set_pending(0, 0);
+    }
+}
+
+fn reference(event: &Event) -> Option<ObjectRef> {
+    match event {
+        Event::Apply(object) => Some(object.reference()),
+        Event::Delete(object) => Some(object.clone()),
+        Event::Missing(_) | Event::Synced => None,
     }
 }
 

@@ -35,7 +35,7 @@ pub fn slice(slice: &discovery::EndpointSlice) -> Result<Converted<EndpointSlice
         }
         _ => Default::default(),
     };
-    let key = SliceKey::new(&report.object.namespace, &report.object.name);
+    let key = SliceKey::new(report.namespace, report.name);
     Ok(report.converted(EndpointSlice { key, service, address_type, ports, endpoints }))
 }
 

@@ -21,10 +21,15 @@ impl<K> Core<K> {
     pub fn apply(&mut self, object: &Object) {
         match convert::object(object) {
             Ok(converted) => {
-                self.rejections.converted(object.reference(), converted.rejections);
+                // Nothing is wrong with nearly all objects, as a rule.
+                if !converted.rejections.is_empty() || self.rejections.has_converted() {
+                    self.rejections.converted(object.reference(), converted.rejections);
+                }
                 let dirty = self.model.apply(converted.object);
                 self.mark(dirty);
-                self.replan |= self.unconverted.remove(&object.reference()).is_some();
+                if !self.unconverted.is_empty() {
+                    self.replan |= self.unconverted.remove(&object.reference()).is_some();
+                }
             }
             Err(rejection) => {
                 self.rejections.converted(object.reference(), vec![rejection]);
