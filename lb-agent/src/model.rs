@@ -189,7 +189,7 @@ impl Model {
 
     fn is_stored(&self, service: &ServiceKey, slice: &EndpointSlice) -> bool {
         let slices = self.slices.get(service).map(Vec::as_slice).unwrap_or_default();
-        position(slices, &slice.key.name).is_ok_and(|i| slices[i].load(service, &self.ids) == *slice)
+        position(slices, &slice.key.name).is_ok_and(|i| slices[i].is(slice, &self.ids))
     }
 
     fn delete_slice(&mut self, key: &SliceKey) -> Dirty {

@@ -24,7 +24,13 @@ use tokio::{
     time::{MissedTickBehavior, interval, sleep, sleep_until, timeout},
 };
 
-use crate::{health::Status, maps, memory, metrics::Metrics, plan::Departures, source::Event};
+use crate::{
+    health::Status,
+    maps, memory,
+    metrics::Metrics,
+    plan::{Departures, no_local::NoLocalEndpoints},
+    source::Event,
+};
 
 /// Least time from the end of a turn to the next one: where changes come one after the other, they share turns.
 const COALESCE: Duration = Duration::from_millis(1);
@@ -81,6 +87,8 @@ pub struct Reconciler<K> {
     next_grace: tokio::time::Instant,
     /// The source has sent everything that it knew at start.
     listened: bool,
+    /// As last told to the metrics.
+    no_local: Option<NoLocalEndpoints>,
 }
 
 /// When to try again after a failure.
@@ -270,7 +278,9 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                     kube_proxy.synced(took, Some(outcome.full));
                 }
                 kube_proxy.set_last_sync(now);
-                kube_proxy.set_no_local(outcome.no_local);
+                if self.no_local.replace(outcome.no_local) != Some(outcome.no_local) {
+                    kube_proxy.set_no_local(outcome.no_local);
+                }
                 self.changes.programmed(now, kube_proxy);
                 metrics.set_rejected(std::mem::take(&mut outcome.rejected));
                 self.carried_out(outcome);

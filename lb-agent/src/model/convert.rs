@@ -76,7 +76,8 @@ impl<T> Converted<T> {
 pub fn object(object: &Object) -> Result<Converted<Change>, Rejection> {
     Ok(match object {
         Object::Service(o) => service(o)?.map(Change::Service),
-        Object::EndpointSlice(o) => slice(o)?.map(Change::Slice),
+        Object::EndpointSlice(o) => slice(&**o)?.map(Change::Slice),
+        Object::SlimSlice(o) => slice(&**o)?.map(Change::Slice),
         Object::Node(o) => node(o)?.map(Change::Node),
         Object::ServiceCidr(o) => service_cidr(o)?.map(Change::ServiceCidr),
     })
@@ -195,7 +196,11 @@ fn is_name(name: &str) -> bool {
 
 /// An address that packets can have as their destination. IPv4-mapped ones are IPv4, as in the API.
 fn address_of(text: &str) -> Result<IpAddr, Reason> {
-    let ip = text.parse::<IpAddr>().map_err(|_| Reason::NotAnAddress(text.to_owned()))?.to_canonical();
+    destination(text.parse().map_err(|_| Reason::NotAnAddress(text.to_owned()))?)
+}
+
+fn destination(ip: IpAddr) -> Result<IpAddr, Reason> {
+    let ip = ip.to_canonical();
     if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() {
         return Err(Reason::SpecialAddress(ip));
     }
@@ -214,7 +219,11 @@ fn prefix_of(text: &str) -> Result<IpNet, Reason> {
 /// As [`address_of`], and not link-local: the API refuses those as endpoints and externalIPs (cloud metadata servers
 /// live there).
 fn routed_address_of(text: &str) -> Result<IpAddr, Reason> {
-    match address_of(text)? {
+    routed(address_of(text)?)
+}
+
+fn routed(ip: IpAddr) -> Result<IpAddr, Reason> {
+    match ip {
         IpAddr::V4(a) if a.is_link_local() => Err(Reason::SpecialAddress(a.into())),
         IpAddr::V6(a) if a.is_unicast_link_local() => Err(Reason::SpecialAddress(a.into())),
         ip => Ok(ip),

@@ -53,6 +53,19 @@ impl Stored {
         }
     }
 
+    /// True if [`Stored::load`] would give this slice.
+    pub(super) fn is(&self, slice: &EndpointSlice, names: &Ids) -> bool {
+        let mut records = Records(&self.endpoints);
+        self.name == slice.key.name
+            && self.address_type == slice.address_type
+            && self.ports == slice.ports
+            && slice.endpoints.iter().all(|endpoint| {
+                // Mostly it is an address that has changed: names are looked up only where that is the same.
+                records.next().is_some_and(|r| r.addr == endpoint.addr && r.endpoint(names) == *endpoint)
+            })
+            && records.0.is_empty()
+    }
+
     pub(super) fn release(self, names: &mut Ids) {
         for record in Records(&self.endpoints) {
             for id in record.node.into_iter().chain(record.zones).chain(record.nodes) {
@@ -203,7 +216,19 @@ mod tests {
         let mut names = Ids::default();
         for endpoints in [endpoints, Vec::new()] {
             let stored = Stored::new(slice(endpoints.clone()), &mut names);
-            assert_eq!(stored.load(&ServiceKey::new("ns", "web"), &names), slice(endpoints));
+            assert_eq!(stored.load(&ServiceKey::new("ns", "web"), &names), slice(endpoints.clone()));
+            assert!(stored.is(&slice(endpoints.clone()), &names));
+            for i in 0..endpoints.len() {
+                let mut others = endpoints.clone();
+                others.remove(i);
+                assert!(!stored.is(&slice(others.clone()), &names), "without endpoint {i}");
+                others.insert(i, endpoint("10.0.0.9", 3, None, None));
+                assert!(!stored.is(&slice(others.clone()), &names), "another endpoint {i}");
+                others[i] = Endpoint { node: Some("node-c".into()), ..endpoints[i].clone() };
+                assert!(!stored.is(&slice(others), &names), "endpoint {i} on another node");
+            }
+            let more = [endpoints, vec![endpoint("10.0.0.9", 3, None, None)]].concat();
+            assert!(!stored.is(&slice(more), &names));
             stored.release(&mut names);
         }
         assert!(names.is_empty());

@@ -2,12 +2,12 @@
 
 use std::{collections::HashSet, time::SystemTime};
 
-use k8s_openapi::{api::discovery::v1::EndpointSlice, jiff::Timestamp};
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::ObjectMeta, jiff::Timestamp};
 
 use crate::{
     metrics::kube_proxy::KubeProxy,
     plan::op::Family,
-    source::{Event, Kind, Object, ObjectRef, strip::TRIGGER_TIME_ANNOTATION},
+    source::{Event, Kind, ObjectRef, strip::TRIGGER_TIME_ANNOTATION},
 };
 
 /// Changes since the last turn that succeeded.
@@ -74,20 +74,20 @@ fn reference(event: &Event) -> Option<ObjectRef> {
 
 /// When the change happened that the slice was written for. One that is gone tells nothing: kube-proxy counts none either.
 fn trigger(event: &Event) -> Option<(Family, SystemTime)> {
-    let Event::Apply(Object::EndpointSlice(slice)) = event else { return None };
-    Some((family(slice)?, annotated(slice)?))
+    let Event::Apply(slice) = event else { return None };
+    Some((family(slice.address_type()?)?, annotated(slice.metadata())?))
 }
 
-fn family(slice: &EndpointSlice) -> Option<Family> {
-    match slice.address_type.as_str() {
+fn family(address_type: &str) -> Option<Family> {
+    match address_type {
         "IPv4" => Some(Family::V4),
         "IPv6" => Some(Family::V6),
         _ => None,
     }
 }
 
-fn annotated(slice: &EndpointSlice) -> Option<SystemTime> {
-    let text = slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME_ANNOTATION)?;
+fn annotated(metadata: &ObjectMeta) -> Option<SystemTime> {
+    let text = metadata.annotations.as_ref()?.get(TRIGGER_TIME_ANNOTATION)?;
     text.parse::<Timestamp>().ok().map(SystemTime::from)
 }
 

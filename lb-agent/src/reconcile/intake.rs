@@ -19,6 +19,7 @@ impl Reconciler<()> {
             grace: self.grace,
             next_grace: self.next_grace,
             listened: self.listened,
+            no_local: self.no_local,
         }
     }
 }
@@ -35,6 +36,7 @@ impl<K> Reconciler<K> {
             grace: None,
             next_grace: tokio::time::Instant::now(),
             listened: false,
+            no_local: None,
         }
     }
 

@@ -18,10 +18,7 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
-};
+use k8s_openapi::api::core::v1::{Node, Service};
 use kube::{
     Api, Client, Resource,
     runtime::{
@@ -36,7 +33,7 @@ pub use self::connect::{Error, client};
 use self::link::{Link, Links};
 use super::{
     Closed, Event, Kind, Object, ObjectRef, send,
-    slim::Slim,
+    slim::{Slim, SlimSlice},
     status::SourceStatus,
     strip::{Strip, foreign_labels},
 };
@@ -65,7 +62,7 @@ pub async fn run(client: Client, node_name: &str, tx: mpsc::Sender<Event>, statu
         tokio::join!(
             source.watch(Api::<Slim<Service>>::all(client.clone()), Kind::Service, ours(Kind::Service)),
             source.watch(
-                Api::<Slim<EndpointSlice>>::all(client.clone()),
+                Api::<SlimSlice>::all(client.clone()),
                 Kind::EndpointSlice,
                 ours(Kind::EndpointSlice)
             ),

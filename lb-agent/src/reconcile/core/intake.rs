@@ -53,8 +53,8 @@ impl<K> Core<K> {
         }
         let service = match object {
             Object::Service(_) => Some(ServiceKey::new(&reference.namespace, &reference.name)),
-            Object::EndpointSlice(slice) => {
-                let labels = slice.metadata.labels.as_ref();
+            Object::EndpointSlice(_) | Object::SlimSlice(_) => {
+                let labels = object.metadata().labels.as_ref();
                 let name = labels.and_then(|l| l.get(convert::SERVICE_NAME_LABEL));
                 name.map(|name| ServiceKey::new(&reference.namespace, name))
             }
