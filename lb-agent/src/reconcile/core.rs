@@ -109,6 +109,8 @@ pub struct Core<K> {
     rules: NodeRules,
     /// As of the last plan.
     view: Option<NodeView>,
+    /// The addresses that the view was made of.
+    local: BTreeSet<IpAddr>,
     dirty: BTreeSet<ServiceKey>,
     all_dirty: bool,
     revision: u64,
@@ -134,6 +136,7 @@ impl Core<()> {
             has_room: false,
             rules,
             view: None,
+            local: BTreeSet::new(),
             dirty: BTreeSet::new(),
             all_dirty: false,
             revision: 0,
@@ -156,6 +159,7 @@ impl Core<()> {
             has_room: self.has_room,
             rules: self.rules,
             view: self.view,
+            local: self.local,
             dirty: self.dirty,
             all_dirty: self.all_dirty,
             revision: self.revision,
@@ -196,16 +200,14 @@ impl<K: Kernel> Core<K> {
     }
 
     fn turn(&mut self, local: &BTreeSet<IpAddr>, early: bool) -> Result<Outcome, SyncError> {
-        let view = self.look_at_node(local);
+        let (view, is_new) = self.look_at_node(local);
         // A changed view changes every Service; a change of the node that leaves the view as it was changes none.
-        let all = std::mem::take(&mut self.replan) || self.view.as_ref() != Some(&view);
-        self.all_dirty = false;
+        let all = std::mem::take(&mut self.replan) || is_new;
         let cidrs = std::mem::take(&mut self.cidrs_dirty);
         let dirty = std::mem::take(&mut self.dirty);
         let has_room = std::mem::take(&mut self.has_room);
         let ran = all || cidrs || has_room || !dirty.is_empty() || self.planner.is_none();
         let mut outcome = Outcome { ran, ..Outcome::default() };
-        self.view = Some(view.clone());
         self.health_checks.mark(all, &dirty);
         let result = self.program(&view, all, early, &dirty, &mut outcome);
         if result.is_ok() {
@@ -213,6 +215,7 @@ impl<K: Kernel> Core<K> {
                 healthcheck::listen_addresses(&self.rules.nodeport_addresses, &view.nodeport_addresses);
             self.health_checks.publish(&self.model, &view, addresses);
         }
+        self.view = Some(view);
         outcome.rejected = self.rejections.by_reason();
         result.map(|()| outcome)
     }
@@ -241,13 +244,22 @@ impl<K: Kernel> Core<K> {
         })
     }
 
-    fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
+    /// Takes the view, made anew if it may have changed; true if it has.
+    fn look_at_node(&mut self, local: &BTreeSet<IpAddr>) -> (NodeView, bool) {
+        let before = match self.view.take() {
+            Some(view) if !self.all_dirty && self.local == *local => return (view, false),
+            before => before,
+        };
+        self.all_dirty = false;
+        self.local.clone_from(local);
         let rules = &self.rules;
-        NodeView {
+        let view = NodeView {
             loopback_addresses: loopback_addresses(&rules.nodeport_addresses, rules.localhost_nodeports),
             service_cidrs: rules.service_cidrs.clone(),
             ..NodeView::new(&self.model, &rules.nodeport_addresses, &rules.allow_external_ips, local)
-        }
+        };
+        let is_new = before.as_ref() != Some(&view);
+        (view, is_new)
     }
 
     fn program(
