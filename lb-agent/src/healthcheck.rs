@@ -175,8 +175,12 @@ impl Tracker {
 
 /// Brings one Service's server up to date; true if another one is to listen, or none.
 fn update(desired: &mut Desired, model: &Model, node: &NodeView, key: ServiceKey) -> bool {
-    let service = model.service(&key);
-    match service.and_then(|service| wanted(service, || model.slices(&key), node)) {
+    let service = model.service(&key).filter(|service| service.health_check.is_some());
+    let wanted = service.and_then(|service| {
+        let slices = model.slices(&key);
+        wanted(service, || slices.iter(), node)
+    });
+    match wanted {
         None => desired.servers.remove(&key).is_some(),
         Some(wanted) => {
             if desired.servers.get(&key).is_some_and(|server| server.accepts(&wanted)) {

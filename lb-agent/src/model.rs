@@ -12,12 +12,14 @@ use ipnet::IpNet;
 pub mod convert;
 mod names;
 mod object;
+mod stored;
 
-use names::Names;
+use names::{Ids, Names};
 pub use object::{
     AddressType, Conditions, Endpoint, EndpointSlice, ExternalPolicy, HealthCheck, Hints, InternalPolicy,
     Node, Service, ServiceCidr, ServiceKey, ServicePort, ServiceType, SliceKey, SlicePort,
 };
+use stored::Stored;
 
 /// One change of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,13 +55,15 @@ pub struct Model {
     node: Option<Node>,
     /// Few: by name.
     service_cidrs: BTreeMap<Arc<str>, ServiceCidr>,
-    services: BTreeMap<ServiceKey, Service>,
+    services: BTreeMap<ServiceKey, Box<Service>>,
     /// Slices by the Service that their label names, sorted by name. Most Services have one: a tree for each would cost
     /// more memory than all endpoints.
-    slices: BTreeMap<ServiceKey, Vec<EndpointSlice>>,
-    /// Which Service a slice belonged to when it was last seen: its label may change.
-    slice_service: HashMap<SliceKey, ServiceKey>,
+    slices: BTreeMap<ServiceKey, Vec<Stored>>,
+    /// Which Service (of its namespace) a slice belonged to when it was last seen: its label may change.
+    slice_service: HashMap<SliceKey, Arc<str>>,
     names: Names,
+    /// Names that endpoints have.
+    ids: Ids,
 }
 
 impl Model {
@@ -73,6 +77,7 @@ impl Model {
             slices: BTreeMap::new(),
             slice_service: HashMap::new(),
             names: Names::default(),
+            ids: Ids::default(),
         }
     }
 
@@ -86,17 +91,23 @@ impl Model {
     }
 
     pub fn service(&self, key: &ServiceKey) -> Option<&Service> {
-        self.services.get(key)
+        self.services.get(key).map(|service| &**service)
     }
 
     /// In the order of their keys.
     pub fn services(&self) -> impl ExactSizeIterator<Item = (&ServiceKey, &Service)> {
-        self.services.iter()
+        self.services.iter().map(|(key, service)| (key, &**service))
     }
 
     /// The slices of a Service, in the order of their names.
-    pub fn slices(&self, service: &ServiceKey) -> impl Iterator<Item = &EndpointSlice> {
-        self.slices.get(service).into_iter().flatten()
+    pub fn slices(&self, service: &ServiceKey) -> Vec<EndpointSlice> {
+        let stored = self.slices.get_key_value(service);
+        stored.map(|(key, list)| list.iter().map(|s| s.load(key, &self.ids)).collect()).unwrap_or_default()
+    }
+
+    /// The Service has a slice.
+    pub fn has_slices(&self, service: &ServiceKey) -> bool {
+        self.slices.contains_key(service)
     }
 
     /// The prefixes of all ServiceCIDRs.
@@ -134,42 +145,56 @@ impl Model {
 
     fn apply_service(&mut self, mut service: Service) -> Dirty {
         self.names.share_key(&mut service.key);
-        if self.services.get(&service.key) == Some(&service) {
+        if self.service(&service.key) == Some(&service) {
             return Dirty::Nothing;
         }
         let key = service.key.clone();
-        self.services.insert(key.clone(), service);
+        self.services.insert(key.clone(), Box::new(service));
         Dirty::Services(vec![key])
     }
 
     fn apply_slice(&mut self, mut slice: EndpointSlice) -> Dirty {
-        let Some(service) = slice.service.clone() else { return self.delete_slice(&slice.key) };
+        let Some(name) = slice.service.clone() else { return self.delete_slice(&slice.key) };
         self.names.share_slice(&mut slice);
-        let mut service = ServiceKey { namespace: slice.key.namespace.clone(), name: service };
+        let mut service = ServiceKey { namespace: slice.key.namespace.clone(), name };
         self.names.share_key(&mut service);
-        let previous = self.slice_service.insert(slice.key.clone(), service.clone());
-        if previous.as_ref() == Some(&service) && self.slices(&service).any(|known| *known == slice) {
-            return Dirty::Nothing;
-        }
         let mut dirty = Vec::new();
-        if let Some(old) = previous.filter(|old| *old != service) {
-            self.remove_from(&old, &slice.key.name);
-            dirty.push(old);
+        match self.slice_service.get_mut(&slice.key) {
+            Some(known) if *known == service.name => {
+                if self.is_stored(&service, &slice) {
+                    return Dirty::Nothing;
+                }
+            }
+            Some(known) => {
+                let name = std::mem::replace(known, service.name.clone());
+                let old = ServiceKey { namespace: service.namespace.clone(), name };
+                self.remove_from(&old, &slice.key.name);
+                dirty.push(old);
+            }
+            None => drop(self.slice_service.insert(slice.key.clone(), service.name.clone())),
         }
         let slices = self.slices.entry(service.clone()).or_default();
-        match position(slices, &slice.key.name) {
-            Ok(i) => slices[i] = slice,
+        let place = position(slices, &slice.key.name);
+        let stored = Stored::new(slice, &mut self.ids);
+        match place {
+            Ok(i) => std::mem::replace(&mut slices[i], stored).release(&mut self.ids),
             Err(i) => {
                 slices.reserve_exact(1);
-                slices.insert(i, slice);
+                slices.insert(i, stored);
             }
         }
         dirty.push(service);
         Dirty::Services(dirty)
     }
 
+    fn is_stored(&self, service: &ServiceKey, slice: &EndpointSlice) -> bool {
+        let slices = self.slices.get(service).map(Vec::as_slice).unwrap_or_default();
+        position(slices, &slice.key.name).is_ok_and(|i| slices[i].is(slice, &self.ids))
+    }
+
     fn delete_slice(&mut self, key: &SliceKey) -> Dirty {
-        let Some(service) = self.slice_service.remove(key) else { return Dirty::Nothing };
+        let Some(name) = self.slice_service.remove(key) else { return Dirty::Nothing };
+        let service = ServiceKey { namespace: key.namespace.clone(), name };
         self.remove_from(&service, &key.name);
         Dirty::Services(vec![service])
     }
@@ -177,7 +202,7 @@ impl Model {
     fn remove_from(&mut self, service: &ServiceKey, slice: &str) {
         if let Some(slices) = self.slices.get_mut(service) {
             if let Ok(i) = position(slices, slice) {
-                slices.remove(i);
+                slices.remove(i).release(&mut self.ids);
             }
             if slices.is_empty() {
                 self.slices.remove(service);
@@ -195,8 +220,8 @@ impl Model {
 }
 
 /// Where the slice of that name is, or would be.
-fn position(slices: &[EndpointSlice], name: &str) -> Result<usize, usize> {
-    slices.binary_search_by(|slice| (*slice.key.name).cmp(name))
+fn position(slices: &[Stored], name: &str) -> Result<usize, usize> {
+    slices.binary_search_by(|slice| (*slice.name).cmp(name))
 }
 
 #[cfg(test)]

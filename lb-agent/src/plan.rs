@@ -160,6 +160,16 @@ impl Departures {
     }
 }
 
+/// What a Service has.
+#[derive(Clone, Debug, Default)]
+struct Holding {
+    records: Box<[u32]>,
+    /// What it says about addresses as a whole: few.
+    claims: Claims,
+}
+
+type Claims = Box<[(IpAddr, u32)]>;
+
 /// What the kernel has, who owns it, and what is free.
 #[derive(Clone, Debug)]
 pub struct Planner {
@@ -167,7 +177,7 @@ pub struct Planner {
     record_ids: Ids,
     records: BTreeMap<u32, Box<Record>>,
     by_name: HashMap<Arc<str>, u32>,
-    owned: BTreeMap<ServiceKey, Vec<u32>>,
+    holdings: HashMap<ServiceKey, Holding>,
     slots: Slots,
     backends4: Backends,
     backends6: Backends,
@@ -175,8 +185,6 @@ pub struct Planner {
     addresses: Addresses,
     /// Of frontends and addresses.
     room: Room,
-    /// What each Service says about addresses as a whole: few each.
-    claimed: BTreeMap<ServiceKey, Box<[(IpAddr, u32)]>>,
     cidrs: Cidrs,
     range_room: Room,
     members_in_kernel: u32,
@@ -202,8 +210,7 @@ impl Planner {
     /// Plans every Service of the model, and away with everything in the kernel that none of them wants.
     pub fn plan_all(&mut self, model: &Model, node: &NodeView) -> Plan {
         let known = model.services().map(|(key, _)| key);
-        let had = self.owned.keys().chain(self.claimed.keys());
-        let work: BTreeSet<ServiceKey> = known.chain(had).cloned().collect();
+        let work: BTreeSet<ServiceKey> = known.chain(self.holdings.keys()).cloned().collect();
         self.rejected.retain(|key, _| work.contains(key));
         self.retry = false;
         self.no_local = NoLocal::default();
@@ -256,8 +263,8 @@ impl Planner {
             }
             self.rejected.remove(key);
             let service = model.service(key);
-            let wanted =
-                service.map(|service| desired(service, || model.slices(key), node)).unwrap_or_default();
+            let slices = model.slices(key);
+            let wanted = service.map(|service| desired(service, || slices.iter(), node)).unwrap_or_default();
             self.no_local.update(key, service, &wanted);
             self.plan_service(key, wanted, &mut draft);
         }
@@ -265,8 +272,9 @@ impl Planner {
             model.service_cidrs().chain(&node.service_cidrs).any(|net| net.contains(ip))
         });
         self.frontends.finish(rank(&self.records), &mut self.addresses, &mut self.room, &mut draft);
-        self.addresses.finish(&mut self.room, !self.held.is_empty(), &mut draft);
-        self.reject_unknown_addresses(&work, &mut draft);
+        if !self.addresses.finish(&mut self.room, !self.held.is_empty(), &mut draft) {
+            self.reject_unknown_addresses(&work, &mut draft);
+        }
         let cidrs = model.service_cidrs().chain(&node.service_cidrs);
         self.cidrs.plan(cidrs, |family| self.addresses.around_cluster_ips(family), &mut draft);
         self.backends4.finish(&mut draft.backends, &mut draft.clear_backends, &mut draft.freed.backends4);
@@ -277,8 +285,8 @@ impl Planner {
     fn plan_service(&mut self, key: &ServiceKey, wanted: Desired, draft: &mut Draft) {
         self.inherited.remove(key);
         draft.rejections.extend(wanted.rejections);
-        self.plan_addresses(key, wanted.addresses);
-        let before = self.owned.remove(key).unwrap_or_default();
+        let before = self.holdings.remove(key).unwrap_or_default();
+        let claims = self.plan_addresses(&before.claims, wanted.addresses);
         let mut kept = Vec::with_capacity(wanted.records.len());
         for desired in &wanted.records {
             let known = self.by_name.get(&*desired.name).copied();
@@ -307,17 +315,16 @@ impl Planner {
             self.records.insert(id, record);
             kept.push(id);
         }
-        for id in before.into_iter().filter(|id| !kept.contains(id)) {
+        for id in before.records.into_iter().filter(|id| !kept.contains(id)) {
             self.remove_record(id, draft);
         }
-        if !kept.is_empty() {
-            self.owned.insert(key.clone(), kept);
+        if !kept.is_empty() || !claims.is_empty() {
+            self.holdings.insert(key.clone(), Holding { records: kept.into(), claims });
         }
     }
 
-    /// Has a Service say this about addresses as a whole, and nothing else.
-    fn plan_addresses(&mut self, key: &ServiceKey, wanted: BTreeSet<(IpAddr, u32)>) {
-        let before = self.claimed.remove(key).unwrap_or_default();
+    /// Has a Service say this about addresses as a whole, and nothing that it said before.
+    fn plan_addresses(&mut self, before: &[(IpAddr, u32)], wanted: BTreeSet<(IpAddr, u32)>) -> Claims {
         for (addr, kind) in &wanted {
             if before.contains(&(*addr, *kind)) {
                 self.addresses.touch(*addr);
@@ -328,15 +335,13 @@ impl Planner {
         for (addr, kind) in before.iter().filter(|claim| !wanted.contains(claim)) {
             self.addresses.withdraw(*addr, *kind);
         }
-        if !wanted.is_empty() {
-            self.claimed.insert(key.clone(), wanted.into_iter().collect());
-        }
+        wanted.into_iter().collect()
     }
 
     /// Addresses share the maps of the frontends, which may be full.
     fn reject_unknown_addresses(&self, work: &BTreeSet<ServiceKey>, draft: &mut Draft) {
         for key in work {
-            let claimed = self.claimed.get(key).into_iter().flat_map(|claims| claims.iter());
+            let claimed = self.holdings.get(key).into_iter().flat_map(|holding| &holding.claims);
             let unknown = claimed.filter(|(addr, _)| !self.addresses.is_known(*addr));
             draft.rejections.extend(unknown.map(|(addr, _)| Rejection::Full {
                 service: key.clone(),

@@ -6,6 +6,7 @@
 
 mod changes;
 mod core;
+mod intake;
 mod later;
 mod rejections;
 
@@ -27,8 +28,8 @@ use crate::{
     health::Status,
     maps, memory,
     metrics::Metrics,
-    plan::Departures,
-    source::{Event, Object, ObjectRef},
+    plan::{Departures, no_local::NoLocalEndpoints},
+    source::Event,
 };
 
 /// Least time from the end of a turn to the next one: where changes come one after the other, they share turns.
@@ -84,6 +85,10 @@ pub struct Reconciler<K> {
     grace: Option<JoinHandle<()>>,
     /// None begins before.
     next_grace: tokio::time::Instant,
+    /// The source has sent everything that it knew at start.
+    listened: bool,
+    /// As last told to the metrics.
+    no_local: Option<NoLocalEndpoints>,
 }
 
 /// When to try again after a failure.
@@ -102,27 +107,9 @@ impl Retry {
 }
 
 impl<K: Kernel + Send + 'static> Reconciler<K> {
-    pub fn new(core: Core<K>, node_name: &str, wiring: Wiring) -> Self {
-        Self {
-            core: Some(Box::new(core)),
-            wiring,
-            node_name: node_name.into(),
-            retry: Retry::default(),
-            changes: changes::Changes::new(SystemTime::now()),
-            turned: Instant::now(),
-            grace: None,
-            next_grace: tokio::time::Instant::now(),
-        }
-    }
-
     /// Runs until the source ends. Nothing is programmed before the source has sent everything it knew at start.
     pub async fn run(mut self) -> Result<(), Error> {
-        loop {
-            let event = self.wiring.events.recv().await.ok_or(Error::SourceEnded)?;
-            if self.take(event)? {
-                break;
-            }
-        }
+        self.listen().await?;
         self.await_addresses().await;
         self.queued();
         self.sync().await?;
@@ -180,52 +167,6 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                 }
                 Err(_) => {}
             }
-        }
-    }
-
-    fn core(&mut self) -> Result<&mut Core<K>, Error> {
-        // Only `blocking` takes it out, and ends the loop if it cannot put it back.
-        self.core.as_deref_mut().ok_or(Error::SourceEnded)
-    }
-
-    /// Takes in one event; true for the one that says that everything known at start has been sent.
-    fn take(&mut self, event: Event) -> Result<bool, Error> {
-        self.note_node(&event);
-        let core = self.core()?;
-        let revision = core.revision();
-        match &event {
-            Event::Apply(object) => core.apply(object),
-            Event::Delete(object) => core.delete(object),
-            Event::Missing(missing) => core.missing(missing),
-            Event::Synced => return Ok(true),
-        }
-        let changed = core.revision() != revision;
-        let queued = core.is_dirty() && core.is_started();
-        self.changes.note(&event, changed, self.wiring.metrics.kube_proxy());
-        if queued {
-            self.queued();
-        }
-        Ok(false)
-    }
-
-    /// There is something to program.
-    fn queued(&self) {
-        self.wiring.status.queued(Instant::now());
-        self.wiring.metrics.kube_proxy().set_last_queued(SystemTime::now());
-    }
-
-    /// This node's own object also decides what /healthz says.
-    fn note_node(&self, event: &Event) {
-        match event {
-            Event::Apply(Object::Node(node)) if node.metadata.name.as_deref() == Some(&self.node_name) => {
-                self.wiring.status.node_applied(node);
-            }
-            Event::Delete(ObjectRef { kind: crate::source::Kind::Node, name, .. })
-                if *name == self.node_name =>
-            {
-                self.wiring.status.node_deleted();
-            }
-            _ => {}
         }
     }
 
@@ -337,7 +278,9 @@ impl<K: Kernel + Send + 'static> Reconciler<K> {
                     kube_proxy.synced(took, Some(outcome.full));
                 }
                 kube_proxy.set_last_sync(now);
-                kube_proxy.set_no_local(outcome.no_local);
+                if self.no_local.replace(outcome.no_local) != Some(outcome.no_local) {
+                    kube_proxy.set_no_local(outcome.no_local);
+                }
                 self.changes.programmed(now, kube_proxy);
                 metrics.set_rejected(std::mem::take(&mut outcome.rejected));
                 self.carried_out(outcome);

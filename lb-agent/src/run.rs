@@ -11,7 +11,7 @@ use std::{
 use lb_common::{LAYOUT_VERSION, nat::PortRange};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -23,6 +23,7 @@ use crate::{
     healthcheck, host, http,
     maps::{Devices, MapError, Maps, Scrape},
     metrics::Metrics,
+    plan::Departures,
     reconcile::{self, Core, NodeRules, Reconciler, Wiring},
     settings::Settings,
     source::{self, status::SourceStatus},
@@ -63,12 +64,13 @@ pub enum Error {
 pub async fn run(settings: Settings) -> Result<(), Error> {
     let signals = Signals::listen().map_err(Error::Signals)?;
     let settings = Arc::new(settings);
+    let early = Early::start(&settings);
     let for_start = settings.clone();
-    // Loading runs the verifier: seconds on a slow machine.
+    // Loading runs the verifier, which takes as long as large lists take to read, and seconds on a slow machine.
     let started = tokio::task::spawn_blocking(move || Datapath::start(&for_start)).await;
     let datapath = Arc::new(started.map_err(Error::Broken)??);
-    let audit = Arc::new(Notify::new());
-    let mut parts = start(&settings, &datapath, audit.clone())?;
+    let audit = early.audit.clone();
+    let mut parts = early.complete(&settings, &datapath)?;
     tracing::info!(node = settings.node_name, state_dir = %settings.state_dir.display(), "running");
     let result = tokio::select! {
         signal = signals.wait(&audit) => {
@@ -89,64 +91,104 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
 
 type Parts = JoinSet<Result<(), Error>>;
 
-/// Opens the maps and starts every part as a task.
-fn start(settings: &Settings, datapath: &Arc<Datapath>, audit: Arc<Notify>) -> Result<Parts, Error> {
-    let dir = settings.state_dir.join(format!("v{LAYOUT_VERSION}"));
-    let pins = dir.join("maps");
-    let flow_entries = Arc::new(FlowEntries::default());
-    let (source_status, status) = (Arc::new(SourceStatus::default()), Arc::new(Status::default()));
-    let metrics = Arc::new(Metrics::new(source_status.clone(), status.clone()));
-    metrics.set_datapath(Arc::new(Scrape::open(&pins, flow_entries.clone())?));
-    let (events_in, events) = mpsc::channel(EVENTS);
-    let (retired_in, retired) = mpsc::unbounded_channel();
-    let (addresses_in, addresses) = watch::channel(Default::default());
+/// The agent while its kernel programs are being loaded: the source is listened to, and that is all.
+struct Early {
+    parts: Parts,
+    /// What the reconciler waits for.
+    maps: oneshot::Sender<Maps>,
+    /// Listened to once there are devices.
+    addresses: watch::Sender<BTreeSet<IpAddr>>,
+    retired: mpsc::UnboundedReceiver<Departures>,
+    health_checks: watch::Receiver<healthcheck::Desired>,
+    audit: Arc<Notify>,
+    status: Arc<Status>,
+    metrics: Arc<Metrics>,
+}
 
-    let rules = NodeRules {
-        name: settings.node_name.clone(),
-        nodeport_addresses: settings.nodeport_addresses.clone(),
-        allow_external_ips: settings.allow_external_ips.clone(),
-        localhost_nodeports: settings.localhost_nodeports,
-        service_cidrs: settings.service_cidrs.clone(),
-    };
-    let wiring = Wiring {
-        events,
-        addresses: addresses.clone(),
-        audit,
-        retired: retired_in,
-        status: status.clone(),
-        metrics: metrics.clone(),
-    };
-    let core = Core::new(Maps::open(&pins)?, rules);
-    let health_checks = core.health_checks();
-    let (failures_in, failures) = mpsc::channel(healthcheck::events::PENDING);
-    let reconciler = Reconciler::new(core, &settings.node_name, wiring);
-    let sweeper = Sweeper::open(&dir, settings.timeouts, settings.reset_gone_backends, flow_entries)?;
-    let sweeper = sweeper.counting(metrics.kube_proxy().clone());
-    let devices = Arc::new(Devices::open(&pins)?);
+impl Early {
+    /// Starts the source and the reconciler.
+    fn start(settings: &Settings) -> Self {
+        let (source_status, status) = (Arc::new(SourceStatus::default()), Arc::new(Status::default()));
+        let metrics = Arc::new(Metrics::new(source_status.clone(), status.clone()));
+        let (events_in, events) = mpsc::channel(EVENTS);
+        let (retired_in, retired) = mpsc::unbounded_channel();
+        let (addresses, of_node) = watch::channel(Default::default());
+        let (maps, maps_out) = oneshot::channel();
+        let audit = Arc::new(Notify::new());
+        let rules = NodeRules {
+            name: settings.node_name.clone(),
+            nodeport_addresses: settings.nodeport_addresses.clone(),
+            allow_external_ips: settings.allow_external_ips.clone(),
+            localhost_nodeports: settings.localhost_nodeports,
+            service_cidrs: settings.service_cidrs.clone(),
+        };
+        let wiring = Wiring {
+            events,
+            addresses: of_node,
+            audit: audit.clone(),
+            retired: retired_in,
+            status: status.clone(),
+            metrics: metrics.clone(),
+        };
+        let core = Core::without_maps(rules);
+        let health_checks = core.health_checks();
+        let reconciler = Reconciler::new(core, &settings.node_name, wiring);
+        let mut parts = Parts::new();
+        parts.spawn(reconcile(reconciler, maps_out));
+        let (from, node) = (settings.source.clone(), settings.node_name.clone());
+        parts.spawn(async move { Ok(source::run(from, node, events_in, source_status).await?) });
+        Self { parts, maps, addresses, retired, health_checks, audit, status, metrics }
+    }
 
-    let mut parts = Parts::new();
-    parts.spawn(forever(http::serve(
-        settings.healthz_bind_address,
-        settings.metrics_bind_address,
-        status.clone(),
-        metrics.clone(),
-        configz::configz(settings),
-    )));
-    parts.spawn(forever(healthcheck::run(health_checks, status, failures_in)));
-    parts.spawn(forever(watch_devices(datapath.clone(), devices, addresses_in)));
-    parts.spawn(forever(count_devices(datapath.clone(), metrics.clone())));
-    parts.spawn(forever(watch_host(datapath.clone(), settings.snat_ports, addresses.clone(), metrics)));
-    let mut devices_done = addresses.clone();
-    parts.spawn(forever(async move {
-        // Until then flows may be moving to another table: what expired in one would live on in the other.
-        let _ = timeout(FLOWS_MOVE, devices_done.changed()).await;
-        sweeper.run(retired).await;
-    }));
-    parts.spawn(async move { Ok(reconciler.run().await?) });
-    let (from, node) = (settings.source.clone(), settings.node_name.clone());
-    parts.spawn(forever(healthcheck::events::report(from.clone(), node.clone(), failures)));
-    parts.spawn(async move { Ok(source::run(from, node, events_in, source_status).await?) });
-    Ok(parts)
+    /// Opens the maps and starts every other part as a task.
+    fn complete(self, settings: &Settings, datapath: &Arc<Datapath>) -> Result<Parts, Error> {
+        let Self { mut parts, status, metrics, .. } = self;
+        let dir = settings.state_dir.join(format!("v{LAYOUT_VERSION}"));
+        let pins = dir.join("maps");
+        let flow_entries = Arc::new(FlowEntries::default());
+        metrics.set_datapath(Arc::new(Scrape::open(&pins, flow_entries.clone())?));
+        let sweeper = Sweeper::open(&dir, settings.timeouts, settings.reset_gone_backends, flow_entries)?;
+        let sweeper = sweeper.counting(metrics.kube_proxy().clone());
+        let devices = Arc::new(Devices::open(&pins)?);
+        // If it has ended, joining it tells why.
+        let _ = self.maps.send(Maps::open(&pins)?);
+
+        let addresses = self.addresses.subscribe();
+        let (failures_in, failures) = mpsc::channel(healthcheck::events::PENDING);
+        parts.spawn(forever(http::serve(
+            settings.healthz_bind_address,
+            settings.metrics_bind_address,
+            status.clone(),
+            metrics.clone(),
+            configz::configz(settings),
+        )));
+        parts.spawn(forever(healthcheck::run(self.health_checks, status, failures_in)));
+        parts.spawn(forever(watch_devices(datapath.clone(), devices, self.addresses)));
+        parts.spawn(forever(count_devices(datapath.clone(), metrics.clone())));
+        parts.spawn(forever(watch_host(datapath.clone(), settings.snat_ports, addresses.clone(), metrics)));
+        let (mut devices_done, retired) = (addresses, self.retired);
+        parts.spawn(forever(async move {
+            // Until then flows may be moving to another table: what expired in one would live on in the other.
+            let _ = timeout(FLOWS_MOVE, devices_done.changed()).await;
+            sweeper.run(retired).await;
+        }));
+        let (from, node) = (settings.source.clone(), settings.node_name.clone());
+        parts.spawn(forever(healthcheck::events::report(from, node, failures)));
+        Ok(parts)
+    }
+}
+
+/// Takes in what the source knows at start, and programs it, and all that comes later, once there are maps.
+async fn reconcile(mut reconciler: Reconciler<()>, maps: oneshot::Receiver<Maps>) -> Result<(), Error> {
+    if reconciler.listen().await.is_err() {
+        // The source has ended, and says why.
+        return std::future::pending().await;
+    }
+    match maps.await {
+        Ok(maps) => Ok(reconciler.with(maps).run().await?),
+        // The agent is about to end for want of them.
+        Err(_) => std::future::pending().await,
+    }
 }
 
 async fn forever(part: impl Future<Output = ()>) -> Result<(), Error> {

@@ -2,7 +2,7 @@
 
 pub mod kube;
 pub mod manifests;
-mod slim;
+pub mod slim;
 pub mod status;
 pub mod strip;
 
@@ -18,6 +18,7 @@ use k8s_openapi::{
 };
 use tokio::sync::mpsc;
 
+use self::slim::SlimSlice;
 use crate::{settings::SourceSettings, source::status::SourceStatus};
 
 /// The kinds of objects that matter here.
@@ -49,6 +50,8 @@ pub struct ObjectRef {
 pub enum Object {
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
+    /// The same from a source that has many of them.
+    SlimSlice(Box<SlimSlice>),
     Node(Box<Node>),
     ServiceCidr(Box<ServiceCIDR>),
 }
@@ -80,7 +83,7 @@ impl Object {
     pub const fn kind(&self) -> Kind {
         match self {
             Self::Service(_) => Kind::Service,
-            Self::EndpointSlice(_) => Kind::EndpointSlice,
+            Self::EndpointSlice(_) | Self::SlimSlice(_) => Kind::EndpointSlice,
             Self::Node(_) => Kind::Node,
             Self::ServiceCidr(_) => Kind::ServiceCidr,
         }
@@ -90,8 +93,18 @@ impl Object {
         match self {
             Self::Service(o) => &o.metadata,
             Self::EndpointSlice(o) => &o.metadata,
+            Self::SlimSlice(o) => &o.metadata,
             Self::Node(o) => &o.metadata,
             Self::ServiceCidr(o) => &o.metadata,
+        }
+    }
+
+    /// `addressType` of an EndpointSlice.
+    pub fn address_type(&self) -> Option<&str> {
+        match self {
+            Self::EndpointSlice(o) => Some(&o.address_type),
+            Self::SlimSlice(o) => Some(&o.address_type),
+            Self::Service(_) | Self::Node(_) | Self::ServiceCidr(_) => None,
         }
     }
 

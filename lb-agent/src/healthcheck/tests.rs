@@ -91,7 +91,8 @@ fn view(model: &Model) -> NodeView {
 
 fn wanted_of(model: &Model) -> Option<Wanted> {
     let key = key();
-    wanted(model.service(&key)?, || model.slices(&key), &view(model))
+    let slices = model.slices(&key);
+    wanted(model.service(&key)?, || slices.iter(), &view(model))
 }
 
 /// Local endpoints, IPv4 and IPv6.
@@ -152,7 +153,7 @@ fn h3_draining_endpoints_do_not_count_although_they_still_serve() {
     // The data path does use it (A3).
     let model = model(objects);
     let port = &model.service(&key()).unwrap().ports[0];
-    let sets = endpoints::sets(port, Family::V4, model.slices(&key()), &view(&model));
+    let sets = endpoints::sets(port, Family::V4, model.slices(&key()).iter(), &view(&model));
     assert_eq!(sets.local, [("10.1.0.1".parse().unwrap(), 8080)]);
     // publishNotReadyAddresses: the API server says "ready" and nothing else counts.
     let published = [("10.1.0.1", NODE, json!({"ready": true, "serving": false, "terminating": true}))];

@@ -76,7 +76,8 @@ impl<T> Converted<T> {
 pub fn object(object: &Object) -> Result<Converted<Change>, Rejection> {
     Ok(match object {
         Object::Service(o) => service(o)?.map(Change::Service),
-        Object::EndpointSlice(o) => slice(o)?.map(Change::Slice),
+        Object::EndpointSlice(o) => slice(&**o)?.map(Change::Slice),
+        Object::SlimSlice(o) => slice(&**o)?.map(Change::Slice),
         Object::Node(o) => node(o)?.map(Change::Node),
         Object::ServiceCidr(o) => service_cidr(o)?.map(Change::ServiceCidr),
     })
@@ -108,7 +109,7 @@ pub fn node(node: &core::Node) -> Result<Converted<Node>, Rejection> {
         list.extend(report.keep(|| format!("status.addresses[{i}]"), address_of(&address.address)));
     }
     let object = Node {
-        name: report.object.name.as_str().into(),
+        name: report.name.into(),
         zone: zone.filter(|z| !z.is_empty()).map(|z| z.as_str().into()),
         internal_ips,
         external_ips,
@@ -124,45 +125,48 @@ pub fn service_cidr(object: &networking::ServiceCIDR) -> Result<Converted<Servic
     let cidrs = texts
         .filter_map(|(i, text)| report.keep(|| format!("spec.cidrs[{i}]"), prefix_of(text.trim())))
         .collect();
-    let object = ServiceCidr { name: report.object.name.as_str().into(), cidrs };
+    let object = ServiceCidr { name: report.name.into(), cidrs };
     Ok(report.converted(object))
 }
 
 /// Collects what is refused of one object.
-struct Report {
-    object: ObjectRef,
+struct Report<'a> {
+    kind: Kind,
+    namespace: &'a str,
+    name: &'a str,
     rejections: Vec<Rejection>,
 }
 
-impl Report {
+impl<'a> Report<'a> {
     /// Without a name an object is nothing.
-    fn new(kind: Kind, metadata: &ObjectMeta) -> Result<Self, Rejection> {
-        let object = ObjectRef {
-            kind,
-            namespace: match kind {
-                _ if !kind.is_namespaced() => String::new(),
-                // The API server's own default for a manifest that does not say.
-                _ => metadata.namespace.clone().unwrap_or_else(|| "default".to_owned()),
-            },
-            name: metadata.name.clone().unwrap_or_default(),
+    fn new(kind: Kind, metadata: &'a ObjectMeta) -> Result<Self, Rejection> {
+        let namespace = match kind {
+            _ if !kind.is_namespaced() => "",
+            // The API server's own default for a manifest that does not say.
+            _ => metadata.namespace.as_deref().unwrap_or("default"),
         };
-        let check = |field: &str, name: &str| {
-            let reason = match name {
-                "" => Reason::Missing,
-                _ if is_name(name) => return Ok(()),
-                _ => Reason::BadName(name.to_owned()),
-            };
-            Err(Rejection { object: object.clone(), field: field.to_owned(), reason })
-        };
-        check("metadata.name", &object.name)?;
+        let name = metadata.name.as_deref().unwrap_or_default();
+        let report = Self { kind, namespace, name, rejections: Vec::new() };
+        report.check("metadata.name", name)?;
         if kind.is_namespaced() {
-            check("metadata.namespace", &object.namespace)?;
+            report.check("metadata.namespace", namespace)?;
         }
-        Ok(Self { object, rejections: Vec::new() })
+        Ok(report)
+    }
+
+    fn check(&self, field: &str, name: &str) -> Result<(), Rejection> {
+        let reason = match name {
+            "" => Reason::Missing,
+            _ if is_name(name) => return Ok(()),
+            _ => Reason::BadName(name.to_owned()),
+        };
+        Err(self.rejection(field, reason))
     }
 
     fn rejection(&self, field: impl Into<String>, reason: Reason) -> Rejection {
-        Rejection { object: self.object.clone(), field: field.into(), reason }
+        let object =
+            ObjectRef { kind: self.kind, namespace: self.namespace.to_owned(), name: self.name.to_owned() };
+        Rejection { object, field: field.into(), reason }
     }
 
     fn refuse(&mut self, field: impl Into<String>, reason: Reason) {
@@ -192,7 +196,11 @@ fn is_name(name: &str) -> bool {
 
 /// An address that packets can have as their destination. IPv4-mapped ones are IPv4, as in the API.
 fn address_of(text: &str) -> Result<IpAddr, Reason> {
-    let ip = text.parse::<IpAddr>().map_err(|_| Reason::NotAnAddress(text.to_owned()))?.to_canonical();
+    destination(text.parse().map_err(|_| Reason::NotAnAddress(text.to_owned()))?)
+}
+
+fn destination(ip: IpAddr) -> Result<IpAddr, Reason> {
+    let ip = ip.to_canonical();
     if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() {
         return Err(Reason::SpecialAddress(ip));
     }
@@ -211,7 +219,11 @@ fn prefix_of(text: &str) -> Result<IpNet, Reason> {
 /// As [`address_of`], and not link-local: the API refuses those as endpoints and externalIPs (cloud metadata servers
 /// live there).
 fn routed_address_of(text: &str) -> Result<IpAddr, Reason> {
-    match address_of(text)? {
+    routed(address_of(text)?)
+}
+
+fn routed(ip: IpAddr) -> Result<IpAddr, Reason> {
+    match ip {
         IpAddr::V4(a) if a.is_link_local() => Err(Reason::SpecialAddress(a.into())),
         IpAddr::V6(a) if a.is_unicast_link_local() => Err(Reason::SpecialAddress(a.into())),
         ip => Ok(ip),

@@ -39,7 +39,7 @@ fn node(name: &str, zone: &str) -> Change {
 }
 
 fn slices(model: &Model, service: &str) -> Vec<String> {
-    model.slices(&key(service)).map(|s| s.key.name.to_string()).collect()
+    model.slices(&key(service)).iter().map(|s| s.key.name.to_string()).collect()
 }
 
 #[test]

@@ -16,6 +16,7 @@ use lb_common::frontend::{FrontendValue, flags};
 use super::{
     draft::Draft,
     frontends::Room,
+    ids::sorted,
     op::{Family, MapOp},
 };
 
@@ -57,7 +58,7 @@ const fn value(kind: u32) -> FrontendValue {
 pub(super) struct Addresses {
     entries: BTreeMap<IpAddr, Entry>,
     /// Those whose claims may have changed since the last plan was finished.
-    touched: BTreeSet<IpAddr>,
+    touched: Vec<IpAddr>,
     /// The node's own.
     own: BTreeSet<IpAddr>,
     /// Those of them that are claimed for the node: they could be taken for unassigned ones.
@@ -86,7 +87,7 @@ impl Addresses {
         if kind == flags::KIND_CLUSTER_IP {
             self.cluster_ips.insert(addr);
         }
-        self.touched.insert(addr);
+        self.touched.push(addr);
     }
 
     /// One Service less says so.
@@ -98,7 +99,7 @@ impl Addresses {
         if kind == flags::KIND_CLUSTER_IP && entry.kind(false) != Some(kind) {
             self.cluster_ips.remove(&addr);
         }
-        self.touched.insert(addr);
+        self.touched.push(addr);
     }
 
     /// The node has these addresses now; `in_cidr`: they lie in a known ServiceCIDR.
@@ -120,7 +121,7 @@ impl Addresses {
 
     /// Has [`Self::finish`] look at an address: it may not have fitted before.
     pub(super) fn touch(&mut self, addr: IpAddr) {
-        self.touched.insert(addr);
+        self.touched.push(addr);
     }
 
     /// Has [`Self::finish`] look at all of them: after a restart some are claimed by nobody.
@@ -147,16 +148,17 @@ impl Addresses {
     }
 
     /// Decides all addresses whose claims have changed since the last call, after the frontends ([`Self::take_frontend`]).
-    /// With `keep`, what nobody claims stays: whose it is cannot be said yet.
-    pub(super) fn finish(&mut self, room: &mut Room, keep: bool, draft: &mut Draft) {
-        for addr in std::mem::take(&mut self.touched) {
+    /// With `keep`, what nobody claims stays: whose it is cannot be said yet. False if there is no room for one of them.
+    pub(super) fn finish(&mut self, room: &mut Room, keep: bool, draft: &mut Draft) -> bool {
+        let mut fits = true;
+        for addr in sorted(&mut self.touched) {
             let Some(entry) = self.entries.get_mut(&addr) else { continue };
             let family = Family::of(addr);
             match (entry.kind(self.own.contains(&addr)), entry.kernel) {
                 (Some(kind), Some(kernel)) if kernel == value(kind) => {}
                 (Some(kind), Some(_)) => entry.put(addr, kind, draft),
                 (Some(kind), None) if room.take(family, 1) => entry.put(addr, kind, draft),
-                (Some(_), None) => {}
+                (Some(_), None) => fits = false,
                 (None, Some(_)) if keep => {}
                 (None, kernel) => {
                     if kernel.is_some() {
@@ -167,6 +169,7 @@ impl Addresses {
                 }
             }
         }
+        fits
     }
 
     /// The smallest prefix around all ClusterIPs of a family.

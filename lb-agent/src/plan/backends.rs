@@ -1,7 +1,7 @@
 //! Backends of one family: which id is which endpoint, who uses it, what the kernel has.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     hash::{BuildHasher as _, RandomState},
     net::IpAddr,
 };
@@ -10,7 +10,7 @@ use hashbrown::HashTable;
 
 use super::{
     endpoints::SocketAddr,
-    ids::Ids,
+    ids::{Ids, sorted},
     op::{Backend, Family, MapOp, Protocol},
     rejection::Anomaly,
 };
@@ -47,6 +47,15 @@ impl Entry {
     }
 }
 
+/// The hasher takes numbers in one step, and what is derived for a [`Key`] in five.
+fn hash(hasher: &RandomState, (addr, port, protocol): &Key) -> u64 {
+    let rest = u32::from(*port) << 8 | u32::from(protocol.number());
+    match addr {
+        IpAddr::V4(a) => hasher.hash_one(u64::from(a.to_bits()) << 32 | u64::from(rest)),
+        IpAddr::V6(a) => hasher.hash_one((a.to_bits(), rest)),
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Backends {
     family: Family,
@@ -57,7 +66,7 @@ pub(super) struct Backends {
     /// By id: they are dense.
     entries: Vec<Option<Entry>>,
     /// Ids whose use has changed since the last plan was finished.
-    touched: BTreeSet<u32>,
+    touched: Vec<u32>,
     /// Elements that no valid state has.
     strays: Vec<u32>,
 }
@@ -78,7 +87,7 @@ impl Backends {
             by_key: HashTable::with_capacity(actual.len()),
             hasher: RandomState::new(),
             entries: Vec::new(),
-            touched: BTreeSet::new(),
+            touched: Vec::new(),
             strays: Vec::new(),
         };
         for (id, backend) in actual {
@@ -124,7 +133,7 @@ impl Backends {
         if let Some(entry) = self.entry(id) {
             entry.refs += 1;
             entry.local_refs += u32::from(is_local);
-            self.touched.insert(id);
+            self.touched.push(id);
         }
     }
 
@@ -136,9 +145,8 @@ impl Backends {
         if entry.refs == 0 && entry.written == Written::No {
             self.forget(id);
             self.ids.release(id);
-            self.touched.remove(&id);
         } else {
-            self.touched.insert(id);
+            self.touched.push(id);
         }
     }
 
@@ -151,7 +159,7 @@ impl Backends {
         let is = |id: &u32| {
             self.entries.get(*id as usize).is_some_and(|e| e.as_ref().is_some_and(|e| e.key == *key))
         };
-        self.by_key.find(self.hasher.hash_one(key), is).copied()
+        self.by_key.find(hash(&self.hasher, key), is).copied()
     }
 
     /// Has [`Self::find`] find the entry `id`, which has this key.
@@ -159,9 +167,9 @@ impl Backends {
         let Self { by_key, hasher, entries, .. } = self;
         let rehash = |id: &u32| {
             let entry = entries.get(*id as usize).and_then(Option::as_ref);
-            entry.map_or(0, |e| hasher.hash_one(e.key))
+            entry.map_or(0, |e| hash(hasher, &e.key))
         };
-        by_key.insert_unique(hasher.hash_one(key), id, rehash);
+        by_key.insert_unique(hash(hasher, key), id, rehash);
     }
 
     fn insert(&mut self, id: u32, entry: Entry) {
@@ -178,7 +186,7 @@ impl Backends {
 
     fn forget(&mut self, id: u32) {
         if let Some(entry) = self.entries.get_mut(id as usize).and_then(Option::take) {
-            let hash = self.hasher.hash_one(entry.key);
+            let hash = hash(&self.hasher, &entry.key);
             if let Ok(found) = self.by_key.find_entry(hash, |known| *known == id) {
                 found.remove();
             }
@@ -195,7 +203,7 @@ impl Backends {
     pub(super) fn finish(&mut self, writes: &mut Vec<MapOp>, clears: &mut Vec<MapOp>, freed: &mut Vec<u32>) {
         let family = self.family;
         clears.extend(self.strays.drain(..).map(|id| MapOp::ClearBackend { family, id }));
-        for id in std::mem::take(&mut self.touched) {
+        for id in sorted(&mut self.touched) {
             let Some(entry) = self.entry(id) else { continue };
             let wanted = entry.wanted();
             if wanted == entry.written {

@@ -15,6 +15,8 @@ use super::{
     rejection::{Anomaly, Rejection},
 };
 
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
 /// A range and its flags.
 type Range = (IpNet, u32);
 
@@ -27,6 +29,8 @@ pub(super) struct Cidrs {
     strays: Vec<(Family, u32)>,
     /// What there is no element for.
     left_out: Vec<IpNet>,
+    /// What the last plan was made of: what is known, and what is around the ClusterIPs of each family.
+    planned: Option<(Vec<IpNet>, [Option<IpNet>; 2])>,
 }
 
 impl Cidrs {
@@ -54,25 +58,30 @@ impl Cidrs {
         around: impl Fn(Family) -> Option<IpNet>,
         draft: &mut Draft,
     ) {
-        let known = merged(known);
+        let from = (known.into_iter().copied().collect(), FAMILIES.map(around));
+        if self.strays.is_empty() && self.planned.as_ref() == Some(&from) {
+            return;
+        }
+        let known = merged(&from.0);
         let off = |(family, index)| MapOp::SwitchCidr { family, index, flags: 0 };
         // What is beyond the end cannot be written.
         let strays = std::mem::take(&mut self.strays).into_iter().filter(|(_, index)| *index < CAPACITY);
         draft.close_cidrs.extend(strays.map(off));
         self.left_out.clear();
-        for family in [Family::V4, Family::V6] {
+        for (family, around) in FAMILIES.into_iter().zip(from.1) {
             let mut wanted: Vec<Range> = known
                 .iter()
                 .filter(|net| Family::of_net(net) == family)
                 .map(|net| (*net, flags::ACTIVE | flags::DROP_UNASSIGNED))
                 .collect();
             if wanted.is_empty() {
-                wanted.extend(around(family).map(|net| (net, flags::ACTIVE)));
+                wanted.extend(around.map(|net| (net, flags::ACTIVE)));
             }
             let beyond = wanted.split_off(wanted.len().min(CAPACITY as usize));
             self.left_out.extend(beyond.into_iter().map(|(net, _)| net));
             self.replace(family, wanted, draft);
         }
+        self.planned = Some(from);
     }
 
     fn replace(&mut self, family: Family, mut wanted: Vec<Range>, draft: &mut Draft) {

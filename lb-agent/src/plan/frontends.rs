@@ -1,12 +1,13 @@
 //! Who claims which frontend, who has it, and what the kernel has.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use lb_common::frontend::FrontendValue;
 
 use super::{
     addresses::Addresses,
     draft::Draft,
+    ids::sorted,
     op::{Family, Frontend, MapOp},
     rejection::{Rejection, Resource},
 };
@@ -28,7 +29,7 @@ pub(super) struct Frontends {
     /// The claims of those who did not get it, rare as they are.
     waiting: BTreeMap<Frontend, Vec<FrontendValue>>,
     /// Those whose claims may have changed since the last plan was finished.
-    touched: BTreeSet<Frontend>,
+    touched: Vec<Frontend>,
 }
 
 /// Elements of the kernel's two maps: those of frontends, and those of addresses as a whole.
@@ -103,7 +104,7 @@ impl Frontends {
             (frontend, Entry { kernel, claim: NOBODY })
         };
         let entries = actual.into_iter().map(entry).collect();
-        Self { entries, waiting: BTreeMap::new(), touched: BTreeSet::new() }
+        Self { entries, waiting: BTreeMap::new(), touched: Vec::new() }
     }
 
     /// What the kernel has, sorted.
@@ -122,7 +123,7 @@ impl Frontends {
         } else {
             self.waiting.entry(frontend).or_default().push(value);
         }
-        self.touched.insert(frontend);
+        self.touched.push(frontend);
     }
 
     /// `record` does not want `frontend` any more.
@@ -137,12 +138,12 @@ impl Frontends {
         if !waiting.is_empty() {
             self.waiting.insert(frontend, waiting);
         }
-        self.touched.insert(frontend);
+        self.touched.push(frontend);
     }
 
     /// Has [`Self::finish`] look at a frontend: it may not have fitted before.
     pub(super) fn touch(&mut self, frontend: Frontend) {
-        self.touched.insert(frontend);
+        self.touched.push(frontend);
     }
 
     /// Has [`Self::finish`] look at all of them: after a restart some are claimed by nobody.
@@ -158,7 +159,7 @@ impl Frontends {
         room: &mut Room,
         draft: &mut Draft,
     ) {
-        for frontend in std::mem::take(&mut self.touched) {
+        for frontend in sorted(&mut self.touched) {
             self.settle(frontend, &rank);
             draft.rejections.extend(self.losers(frontend, &rank));
             let Some(entry) = self.entries.get_mut(&frontend) else { continue };

@@ -30,7 +30,7 @@ impl Planner {
 
     /// True if the Service has records of an earlier run that nothing better is known for.
     pub(super) fn is_held(&self, key: &ServiceKey, model: &Model) -> bool {
-        let lacks_objects = || model.service(key).is_none() || model.slices(key).next().is_none();
+        let lacks_objects = || model.service(key).is_none() || !model.has_slices(key);
         self.inherited.contains(key)
             && (self.held.services.contains(key) || self.held.unknown && lacks_objects())
     }
@@ -48,14 +48,16 @@ impl Planner {
         }
         for key in held {
             let mut addresses = BTreeSet::new();
-            for id in self.owned.get(&key).cloned().unwrap_or_default() {
+            let mut holding = self.holdings.remove(&key).unwrap_or_default();
+            for id in holding.records.iter().copied() {
                 let Some(mut record) = self.records.remove(&id) else { continue };
                 let frontends = by_record.remove(&id).unwrap_or_default();
                 addresses.extend(frontends.iter().map(|(f, bits)| (f.addr, bits & flags::KIND_MASK)));
                 self.plan_claims(id, &mut record, &frontends);
                 self.records.insert(id, record);
             }
-            self.plan_addresses(&key, addresses);
+            holding.claims = self.plan_addresses(&holding.claims, addresses);
+            self.holdings.insert(key, holding);
         }
     }
 }

@@ -2,6 +2,14 @@
 
 use std::collections::BTreeSet;
 
+/// Takes what has been noted, each once.
+pub(super) fn sorted<T: Ord>(noted: &mut Vec<T>) -> Vec<T> {
+    let mut noted = std::mem::take(noted);
+    noted.sort_unstable();
+    noted.dedup();
+    noted
+}
+
 /// Hands out the smallest free id, so that equal histories give equal ids.
 #[derive(Clone, Debug)]
 pub(super) struct Ids {

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use lb_common::{affinity::MemberKey, frontend::SlotRange};
 
 use super::{
-    Capacities, Planner,
+    Capacities, Holding, Planner,
     actual::{ActualService, ActualState},
     addresses::Addresses,
     backends::Backends,
@@ -70,14 +70,13 @@ impl Planner {
             record_ids: Ids::new(capacities.services, used.union(&named).copied()),
             records: BTreeMap::new(),
             by_name: HashMap::new(),
-            owned: BTreeMap::new(),
+            holdings: HashMap::new(),
             slots: Slots::new(capacities.slots),
             backends4: backends(Family::V4, actual.backends4),
             backends6: backends(Family::V6, actual.backends6),
             frontends: Frontends::recover(BTreeMap::new(), &mut room),
             addresses: Addresses::recover(actual.addresses, &mut room),
             room,
-            claimed: BTreeMap::new(),
             cidrs: Cidrs::recover(actual.cidrs, &mut anomalies),
             range_room: Room::new(capacities.source_ranges),
             members_in_kernel: actual.members.len() as u32,
@@ -105,7 +104,7 @@ impl Planner {
             }
         }
         planner.frontends = Frontends::recover(actual.frontends, &mut planner.room);
-        planner.inherited = planner.owned.keys().cloned().collect();
+        planner.inherited = planner.holdings.keys().cloned().collect();
         planner.records = sound;
         planner.leftovers = Some(leftovers);
         (planner, anomalies)
@@ -120,6 +119,7 @@ impl Planner {
     ) -> BTreeMap<u32, Box<Record>> {
         let capacity = self.capacities.services;
         let mut records = BTreeMap::new();
+        let mut owned: HashMap<ServiceKey, Vec<u32>> = HashMap::new();
         for (id, service) in services {
             let ranges = [service.record.cluster, service.record.local];
             if !self.record_ids.is_valid(id) {
@@ -142,9 +142,11 @@ impl Planner {
                 continue;
             }
             self.by_name.insert(record.name.clone(), id);
-            self.owned.entry(record.owner.clone()).or_default().push(id);
+            owned.entry(record.owner.clone()).or_default().push(id);
             records.insert(id, Box::new(record));
         }
+        let holding = |records: Vec<u32>| Holding { records: records.into(), ..Holding::default() };
+        self.holdings = owned.into_iter().map(|(key, records)| (key, holding(records))).collect();
         records
     }
 

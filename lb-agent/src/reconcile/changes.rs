@@ -2,12 +2,12 @@
 
 use std::{collections::HashSet, time::SystemTime};
 
-use k8s_openapi::{api::discovery::v1::EndpointSlice, jiff::Timestamp};
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::ObjectMeta, jiff::Timestamp};
 
 use crate::{
     metrics::kube_proxy::KubeProxy,
     plan::op::Family,
-    source::{Event, Kind, Object, ObjectRef, strip::TRIGGER_TIME_ANNOTATION},
+    source::{Event, Kind, ObjectRef, strip::TRIGGER_TIME_ANNOTATION},
 };
 
 /// Changes since the last turn that succeeded.
@@ -27,16 +27,16 @@ impl Changes {
 
     /// Takes in an event; `changed`: it made something stale.
     pub fn note(&mut self, event: &Event, changed: bool, metrics: &KubeProxy) {
-        let object = match event {
-            Event::Apply(object) => object.reference(),
-            Event::Delete(object) => object.clone(),
+        let kind = match event {
+            Event::Apply(object) => object.kind(),
+            Event::Delete(object) => object.kind,
             Event::Missing(_) | Event::Synced => return,
         };
-        match object.kind {
+        match kind {
             Kind::Service => {
                 metrics.count_service_change();
                 if changed {
-                    self.services.insert(object);
+                    self.services.extend(reference(event));
                 }
             }
             Kind::EndpointSlice => {
@@ -57,28 +57,37 @@ impl Changes {
             // A clock that is behind that of the control plane makes it 0.
             metrics.network_programmed(family, now.duration_since(at).unwrap_or_default());
         }
-        self.services.clear();
+        // Not cleared: after the first lists that would keep room for all Services.
+        self.services = HashSet::new();
         self.slices = 0;
         metrics.set_pending(0, 0);
     }
 }
 
-/// When the change happened that the slice was written for. One that is gone tells nothing: kube-proxy counts none either.
-fn trigger(event: &Event) -> Option<(Family, SystemTime)> {
-    let Event::Apply(Object::EndpointSlice(slice)) = event else { return None };
-    Some((family(slice)?, annotated(slice)?))
+fn reference(event: &Event) -> Option<ObjectRef> {
+    match event {
+        Event::Apply(object) => Some(object.reference()),
+        Event::Delete(object) => Some(object.clone()),
+        Event::Missing(_) | Event::Synced => None,
+    }
 }
 
-fn family(slice: &EndpointSlice) -> Option<Family> {
-    match slice.address_type.as_str() {
+/// When the change happened that the slice was written for. One that is gone tells nothing: kube-proxy counts none either.
+fn trigger(event: &Event) -> Option<(Family, SystemTime)> {
+    let Event::Apply(slice) = event else { return None };
+    Some((family(slice.address_type()?)?, annotated(slice.metadata())?))
+}
+
+fn family(address_type: &str) -> Option<Family> {
+    match address_type {
         "IPv4" => Some(Family::V4),
         "IPv6" => Some(Family::V6),
         _ => None,
     }
 }
 
-fn annotated(slice: &EndpointSlice) -> Option<SystemTime> {
-    let text = slice.metadata.annotations.as_ref()?.get(TRIGGER_TIME_ANNOTATION)?;
+fn annotated(metadata: &ObjectMeta) -> Option<SystemTime> {
+    let text = metadata.annotations.as_ref()?.get(TRIGGER_TIME_ANNOTATION)?;
     text.parse::<Timestamp>().ok().map(SystemTime::from)
 }
 

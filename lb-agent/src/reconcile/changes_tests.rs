@@ -1,15 +1,15 @@
 use std::{sync::Arc, time::Duration};
 
-use k8s_openapi::{
-    api::core::v1::{Node, Service},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+use k8s_openapi::api::{
+    core::v1::{Node, Service},
+    discovery::v1::EndpointSlice,
 };
 
 use super::*;
 use crate::{
     health::Status,
     metrics::Metrics,
-    source::{status::SourceStatus, strip::Strip as _},
+    source::{Object, status::SourceStatus, strip::Strip as _},
 };
 
 fn metrics() -> Metrics {

@@ -6,19 +6,19 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tokio::sync::watch;
+mod intake;
 
 use super::{later::Pending, rejections::Rejections};
 use crate::{
     healthcheck::{self, Tracker},
     maps::{Applied, MapError, Maps, Refused},
-    model::{Dirty, Model, ServiceKey, convert},
+    model::{Model, ServiceKey},
     plan::{
         ActualState, Capacities, Held, MapOp, NodeView, Plan, Planner, Retired, no_local::NoLocalEndpoints,
         nodeport::loopback_addresses,
     },
     settings::NodePortAddresses,
-    source::{Missing, Object, ObjectRef},
+    source::ObjectRef,
 };
 
 /// Plans that free room are followed by another one for whoever waits for it: at most so many times in one turn.
@@ -109,6 +109,8 @@ pub struct Core<K> {
     rules: NodeRules,
     /// As of the last plan.
     view: Option<NodeView>,
+    /// The addresses that the view was made of.
+    local: BTreeSet<IpAddr>,
     dirty: BTreeSet<ServiceKey>,
     all_dirty: bool,
     revision: u64,
@@ -123,16 +125,18 @@ pub struct Core<K> {
     health_checks: Tracker,
 }
 
-impl<K: Kernel> Core<K> {
-    pub fn new(kernel: K, rules: NodeRules) -> Self {
+impl Core<()> {
+    /// Objects can be taken in before there are maps.
+    pub fn without_maps(rules: NodeRules) -> Self {
         Self {
-            kernel,
+            kernel: (),
             model: Model::new(&rules.name),
             planner: None,
             pending: Pending::default(),
             has_room: false,
             rules,
             view: None,
+            local: BTreeSet::new(),
             dirty: BTreeSet::new(),
             all_dirty: false,
             revision: 0,
@@ -145,51 +149,33 @@ impl<K: Kernel> Core<K> {
         }
     }
 
-    /// Which health check servers the node is to have, as of the last turn that succeeded.
-    pub fn health_checks(&self) -> watch::Receiver<healthcheck::Desired> {
-        self.health_checks.subscribe()
-    }
-
-    /// Takes in a new or changed object. A part that cannot be understood is left out and said; of an object that
-    /// cannot be understood at all, the last good state stays.
-    pub fn apply(&mut self, object: &Object) {
-        match convert::object(object) {
-            Ok(converted) => {
-                self.rejections.converted(object.reference(), converted.rejections);
-                let dirty = self.model.apply(converted.object);
-                self.mark(dirty);
-                self.replan |= self.unconverted.remove(&object.reference()).is_some();
-            }
-            Err(rejection) => {
-                self.rejections.converted(object.reference(), vec![rejection]);
-                self.hold(object);
-            }
+    /// The maps are there.
+    pub fn with<K>(self, kernel: K) -> Core<K> {
+        Core {
+            kernel,
+            model: self.model,
+            planner: self.planner,
+            pending: self.pending,
+            has_room: self.has_room,
+            rules: self.rules,
+            view: self.view,
+            local: self.local,
+            dirty: self.dirty,
+            all_dirty: self.all_dirty,
+            revision: self.revision,
+            cidrs_dirty: self.cidrs_dirty,
+            replan: self.replan,
+            missing: self.missing,
+            unconverted: self.unconverted,
+            rejections: self.rejections,
+            health_checks: self.health_checks,
         }
     }
+}
 
-    /// Takes in what the source cannot read as of now.
-    pub fn missing(&mut self, missing: &Missing) {
-        let services = missing.services.iter().map(|(namespace, name)| ServiceKey::new(namespace, name));
-        self.missing = Held { services: services.collect(), unknown: missing.unknown };
-        self.replan = true;
-    }
-
-    /// Of an object that was never understood, what an earlier run programmed is the last good state.
-    fn hold(&mut self, object: &Object) {
-        let reference = object.reference();
-        if self.is_started() || self.unconverted.contains_key(&reference) {
-            return;
-        }
-        let service = match object {
-            Object::Service(_) => Some(ServiceKey::new(&reference.namespace, &reference.name)),
-            Object::EndpointSlice(slice) => {
-                let labels = slice.metadata.labels.as_ref();
-                let name = labels.and_then(|l| l.get(convert::SERVICE_NAME_LABEL));
-                name.map(|name| ServiceKey::new(&reference.namespace, name))
-            }
-            Object::Node(_) | Object::ServiceCidr(_) => return,
-        };
-        self.unconverted.insert(reference, service);
+impl<K: Kernel> Core<K> {
+    pub fn new(kernel: K, rules: NodeRules) -> Self {
+        Core::without_maps(rules).with(kernel)
     }
 
     fn held(&self) -> Held {
@@ -198,42 +184,9 @@ impl<K: Kernel> Core<K> {
         held
     }
 
-    /// Takes in that an object is gone.
-    pub fn delete(&mut self, object: &ObjectRef) {
-        self.rejections.deleted(object);
-        let dirty = self.model.apply(convert::deleted(object));
-        self.mark(dirty);
-        self.replan |= self.unconverted.remove(object).is_some();
-    }
-
-    fn mark(&mut self, dirty: Dirty) {
-        match dirty {
-            Dirty::Nothing => return,
-            Dirty::Services(keys) => self.dirty.extend(keys),
-            Dirty::All => self.all_dirty = true,
-            Dirty::ServiceCidrs => self.cidrs_dirty = true,
-        }
-        self.revision += 1;
-    }
-
-    /// Another number after every change that makes something stale.
-    pub fn revision(&self) -> u64 {
-        self.revision
-    }
-
-    /// Something has changed since the last turn.
-    pub fn is_dirty(&self) -> bool {
-        self.all_dirty || self.cidrs_dirty || self.replan || self.has_room || !self.dirty.is_empty()
-    }
-
     /// The next turn looks at a few Services and reads no maps, unless the addresses of the node have changed.
     pub fn is_brief(&self) -> bool {
         self.planner.is_some() && !self.all_dirty && !self.replan && self.dirty.len() <= BRIEF
-    }
-
-    /// There has been a first turn.
-    pub fn is_started(&self) -> bool {
-        self.view.is_some()
     }
 
     /// Programs what has changed: work in proportion to that. `local` are the addresses of this network namespace.
@@ -247,16 +200,14 @@ impl<K: Kernel> Core<K> {
     }
 
     fn turn(&mut self, local: &BTreeSet<IpAddr>, early: bool) -> Result<Outcome, SyncError> {
-        let view = self.look_at_node(local);
+        let (view, is_new) = self.look_at_node(local);
         // A changed view changes every Service; a change of the node that leaves the view as it was changes none.
-        let all = std::mem::take(&mut self.replan) || self.view.as_ref() != Some(&view);
-        self.all_dirty = false;
+        let all = std::mem::take(&mut self.replan) || is_new;
         let cidrs = std::mem::take(&mut self.cidrs_dirty);
         let dirty = std::mem::take(&mut self.dirty);
         let has_room = std::mem::take(&mut self.has_room);
         let ran = all || cidrs || has_room || !dirty.is_empty() || self.planner.is_none();
         let mut outcome = Outcome { ran, ..Outcome::default() };
-        self.view = Some(view.clone());
         self.health_checks.mark(all, &dirty);
         let result = self.program(&view, all, early, &dirty, &mut outcome);
         if result.is_ok() {
@@ -264,6 +215,7 @@ impl<K: Kernel> Core<K> {
                 healthcheck::listen_addresses(&self.rules.nodeport_addresses, &view.nodeport_addresses);
             self.health_checks.publish(&self.model, &view, addresses);
         }
+        self.view = Some(view);
         outcome.rejected = self.rejections.by_reason();
         result.map(|()| outcome)
     }
@@ -292,13 +244,22 @@ impl<K: Kernel> Core<K> {
         })
     }
 
-    fn look_at_node(&self, local: &BTreeSet<IpAddr>) -> NodeView {
+    /// Takes the view, made anew if it may have changed; true if it has.
+    fn look_at_node(&mut self, local: &BTreeSet<IpAddr>) -> (NodeView, bool) {
+        let before = match self.view.take() {
+            Some(view) if !self.all_dirty && self.local == *local => return (view, false),
+            before => before,
+        };
+        self.all_dirty = false;
+        self.local.clone_from(local);
         let rules = &self.rules;
-        NodeView {
+        let view = NodeView {
             loopback_addresses: loopback_addresses(&rules.nodeport_addresses, rules.localhost_nodeports),
             service_cidrs: rules.service_cidrs.clone(),
             ..NodeView::new(&self.model, &rules.nodeport_addresses, &rules.allow_external_ips, local)
-        }
+        };
+        let is_new = before.as_ref() != Some(&view);
+        (view, is_new)
     }
 
     fn program(

@@ -10,7 +10,7 @@ use crate::{
         ActualCidr, ActualService,
         op::{Family, Frontend, Protocol},
     },
-    source::Kind,
+    source::{Kind, Missing, Object},
 };
 
 /// Maps in memory, with the same meaning of every operation.

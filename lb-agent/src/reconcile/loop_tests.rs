@@ -85,6 +85,43 @@ impl Running {
 }
 
 #[tokio::test]
+async fn what_the_source_knows_at_start_is_taken_in_before_there_are_maps() {
+    let (events_in, events) = mpsc::channel(1);
+    let (_addresses_in, addresses) = watch::channel(BTreeSet::from([[192, 168, 0, 1].into()]));
+    let status = Arc::new(Status::default());
+    let wiring = Wiring {
+        events,
+        addresses,
+        audit: Arc::default(),
+        retired: mpsc::unbounded_channel().0,
+        status: status.clone(),
+        metrics: Arc::new(Metrics::new(Arc::default(), status.clone())),
+    };
+    let mut reconciler = Reconciler::new(Core::without_maps(rules()), "node1", wiring);
+    let sent = tokio::spawn(async move {
+        // More than the channel holds.
+        for object in [service(0), slice(0, &[0]), service(1), slice(1, &[1])] {
+            events_in.send(Event::Apply(object)).await.unwrap();
+        }
+        events_in.send(Event::Synced).await.unwrap();
+        events_in
+    });
+    timeout(Duration::from_secs(20), reconciler.listen()).await.expect("listened to in time").unwrap();
+    let events = sent.await.unwrap();
+    let kernel = Shared::default();
+    let task = tokio::spawn(reconciler.with(kernel.clone()).run());
+    let ready = async {
+        while !status.is_ready() {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(Duration::from_secs(20), ready).await.expect("ready in time");
+    assert_eq!(kernel.0.lock().unwrap().state.frontends.len(), 2);
+    drop(events);
+    assert!(matches!(task.await.unwrap(), Err(Error::SourceEnded)));
+}
+
+#[tokio::test]
 async fn nothing_is_programmed_before_the_source_is_in_sync() {
     let mut running = start();
     // More events than the channel holds: all but the last 16 have certainly been taken in.

@@ -30,6 +30,11 @@ impl Rejections {
         }
     }
 
+    /// Something is left out of an object that was converted.
+    pub fn has_converted(&self) -> bool {
+        !self.converted.is_empty()
+    }
+
     /// An object is gone.
     pub fn deleted(&mut self, object: &ObjectRef) {
         self.converted.remove(object);

@@ -18,10 +18,7 @@ use std::{
 };
 
 use futures::StreamExt as _;
-use k8s_openapi::api::{
-    core::v1::{Node, Service},
-    discovery::v1::EndpointSlice,
-};
+use k8s_openapi::api::core::v1::{Node, Service};
 use kube::{
     Api, Client, Resource,
     runtime::{
@@ -36,7 +33,7 @@ pub use self::connect::{Error, client};
 use self::link::{Link, Links};
 use super::{
     Closed, Event, Kind, Object, ObjectRef, send,
-    slim::Slim,
+    slim::{Slim, SlimSlice},
     status::SourceStatus,
     strip::{Strip, foreign_labels},
 };
@@ -65,7 +62,7 @@ pub async fn run(client: Client, node_name: &str, tx: mpsc::Sender<Event>, statu
         tokio::join!(
             source.watch(Api::<Slim<Service>>::all(client.clone()), Kind::Service, ours(Kind::Service)),
             source.watch(
-                Api::<Slim<EndpointSlice>>::all(client.clone()),
+                Api::<SlimSlice>::all(client.clone()),
                 Kind::EndpointSlice,
                 ours(Kind::EndpointSlice)
             ),
@@ -152,10 +149,10 @@ impl Source {
             }
             watcher::Event::Apply(object) => self.apply(strip(object), known).await?,
             watcher::Event::Delete(object) => {
-                let reference = strip(object).reference();
+                let object = strip(object);
                 // Also for an object that does not match the selector any more.
-                if known.sent.remove(&*name(&reference)).is_some() {
-                    send(&self.tx, &self.status, Event::Delete(reference)).await?;
+                if known.sent.remove(&*name(&object)).is_some() {
+                    send(&self.tx, &self.status, Event::Delete(object.reference())).await?;
                 }
             }
             watcher::Event::InitDone => {
@@ -170,7 +167,7 @@ impl Source {
     }
 
     async fn apply(&self, object: Object, known: &mut Known) -> Result<(), Closed> {
-        known.sent.insert(name(&object.reference()), known.list);
+        known.sent.insert(name(&object), known.list);
         send(&self.tx, &self.status, Event::Apply(object)).await
     }
 
@@ -230,8 +227,10 @@ impl Known {
 }
 
 /// `namespace/name`: neither has a slash.
-fn name(object: &ObjectRef) -> Box<str> {
-    format!("{}/{}", object.namespace, object.name).into()
+fn name(object: &Object) -> Box<str> {
+    let meta = object.metadata();
+    let namespace = meta.namespace.as_deref().unwrap_or_default();
+    [namespace, meta.name.as_deref().unwrap_or_default()].join("/").into()
 }
 
 fn strip<K: Strip + Into<Object>>(mut object: K) -> Object {

@@ -3,7 +3,7 @@
 //! Most of a list is what nobody reads here (managedFields, targetRef, selectors): it is skipped where it stands instead
 //! of being built and thrown away.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, net::IpAddr, sync::Arc};
 
 use k8s_openapi::{
     Metadata, Resource,
@@ -20,7 +20,7 @@ use super::{
     strip::{self, Strip},
 };
 
-/// A Service or EndpointSlice of which only that was decoded.
+/// A Service of which only that was decoded.
 #[derive(Clone, Debug)]
 pub struct Slim<K>(K);
 
@@ -54,18 +54,6 @@ impl<K: Into<Object>> From<Slim<K>> for Object {
     }
 }
 
-impl<'de> Deserialize<'de> for Slim<discovery::EndpointSlice> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let slice = Slice::deserialize(deserializer)?;
-        Ok(Self(discovery::EndpointSlice {
-            metadata: slice.metadata.unwrap_or_default().into(),
-            address_type: slice.address_type.unwrap_or_default(),
-            endpoints: slice.endpoints.unwrap_or_default().into_iter().map(Into::into).collect(),
-            ports: slice.ports.map(|ports| ports.into_iter().map(Into::into).collect()),
-        }))
-    }
-}
-
 impl<'de> Deserialize<'de> for Slim<core::Service> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let service = Service::deserialize(deserializer)?;
@@ -80,32 +68,108 @@ impl<'de> Deserialize<'de> for Slim<core::Service> {
     }
 }
 
+/// An EndpointSlice of which only that was decoded, and that as far as it goes: there may be 100,000 endpoints.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(from = "Slice")]
+pub struct SlimSlice {
+    pub metadata: ObjectMeta,
+    pub address_type: String,
+    pub endpoints: Vec<SlimEndpoint>,
+    pub ports: Vec<Port>,
+}
+
+impl Resource for SlimSlice {
+    type Scope = <discovery::EndpointSlice as Resource>::Scope;
+    const API_VERSION: &'static str = discovery::EndpointSlice::API_VERSION;
+    const GROUP: &'static str = discovery::EndpointSlice::GROUP;
+    const KIND: &'static str = discovery::EndpointSlice::KIND;
+    const VERSION: &'static str = discovery::EndpointSlice::VERSION;
+    const URL_PATH_SEGMENT: &'static str = discovery::EndpointSlice::URL_PATH_SEGMENT;
+}
+
+impl Metadata for SlimSlice {
+    type Ty = ObjectMeta;
+    fn metadata(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+    fn metadata_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+impl Strip for SlimSlice {
+    /// There is nothing to drop.
+    fn strip(&mut self) {}
+}
+
+impl From<SlimSlice> for Object {
+    fn from(slice: SlimSlice) -> Self {
+        Self::SlimSlice(Box::new(slice))
+    }
+}
+
+impl From<Slice> for SlimSlice {
+    fn from(slice: Slice) -> Self {
+        Self {
+            metadata: slice.metadata.unwrap_or_default().into(),
+            address_type: slice.address_type.unwrap_or_default(),
+            endpoints: slice.endpoints.unwrap_or_default(),
+            ports: slice.ports.unwrap_or_default(),
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Slice {
     metadata: Option<Meta>,
     address_type: Option<String>,
-    endpoints: Option<Vec<Endpoint>>,
+    endpoints: Option<Vec<SlimEndpoint>>,
     ports: Option<Vec<Port>>,
 }
 
-#[derive(Deserialize)]
+/// One of `endpoints`.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Endpoint {
+pub struct SlimEndpoint {
     addresses: Option<First>,
-    conditions: Option<discovery::EndpointConditions>,
-    hints: Option<discovery::EndpointHints>,
-    node_name: Option<String>,
+    pub conditions: Option<discovery::EndpointConditions>,
+    pub hints: Option<discovery::EndpointHints>,
+    node_name: Option<Text<Arc<str>>>,
+}
+
+impl SlimEndpoint {
+    /// The first of its addresses.
+    pub fn address(&self) -> Option<&Address> {
+        self.addresses.as_ref()?.0.as_ref()
+    }
+
+    pub fn node_name(&self) -> Option<&Arc<str>> {
+        self.node_name.as_ref().map(|name| &name.0)
+    }
+}
+
+/// An address, or what stands in its place.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Address {
+    Ip(IpAddr),
+    Other(Box<str>),
+}
+
+impl From<&str> for Address {
+    fn from(text: &str) -> Self {
+        text.parse().map_or_else(|_| Self::Other(text.into()), Self::Ip)
+    }
 }
 
 /// A port of a slice or of a Service.
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Port {
-    name: Option<String>,
+pub struct Port {
+    pub name: Option<String>,
     node_port: Option<i32>,
-    port: Option<i32>,
-    protocol: Option<String>,
+    pub port: Option<i32>,
+    pub protocol: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -166,24 +230,6 @@ impl From<Meta> for ObjectMeta {
             annotations: texts(meta.annotations),
             ..Default::default()
         }
-    }
-}
-
-impl From<Endpoint> for discovery::Endpoint {
-    fn from(endpoint: Endpoint) -> Self {
-        Self {
-            addresses: endpoint.addresses.and_then(|first| first.0).into_iter().collect(),
-            conditions: endpoint.conditions,
-            hints: endpoint.hints,
-            node_name: endpoint.node_name,
-            ..Default::default()
-        }
-    }
-}
-
-impl From<Port> for discovery::EndpointPort {
-    fn from(port: Port) -> Self {
-        Self { name: port.name, port: port.port, protocol: port.protocol, ..Default::default() }
     }
 }
 
@@ -263,8 +309,9 @@ impl<'de> Deserialize<'de> for Kept {
     }
 }
 
-/// The first of a list of texts: the API calls an endpoint's other addresses undefined.
-struct First(Option<String>);
+/// The first of a list of addresses: the API calls an endpoint's other ones undefined.
+#[derive(Clone, Debug, PartialEq)]
+struct First(Option<Address>);
 
 impl<'de> Deserialize<'de> for First {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -275,12 +322,32 @@ impl<'de> Deserialize<'de> for First {
                 f.write_str("a list of texts")
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<First, A::Error> {
-                let first = list.next_element()?;
+                let first = list.next_element::<Text<Address>>()?;
                 while list.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(First(first))
+                Ok(First(first.map(|address| address.0)))
             }
         }
         deserializer.deserialize_seq(List)
+    }
+}
+
+/// What is made of a text without copying that first.
+#[derive(Clone, Debug, PartialEq)]
+struct Text<T>(T);
+
+impl<'de, T: for<'a> From<&'a str>> Deserialize<'de> for Text<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Into<T>(PhantomData<T>);
+        impl<T: for<'a> From<&'a str>> Visitor<'_> for Into<T> {
+            type Value = Text<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text")
+            }
+            fn visit_str<E>(self, text: &str) -> Result<Text<T>, E> {
+                Ok(Text(T::from(text)))
+            }
+        }
+        deserializer.deserialize_str(Into(PhantomData))
     }
 }
 

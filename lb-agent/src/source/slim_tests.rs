@@ -5,16 +5,15 @@ use super::*;
 use crate::model::convert;
 
 /// What the model gets from an object decoded in full and stripped, which is to be what it gets from the slim one.
-fn check<K>(json: &Value)
+fn check<K, S>(json: &Value)
 where
     K: DeserializeOwned + Strip + Into<Object>,
-    Slim<K>: DeserializeOwned + Into<Object>,
+    S: DeserializeOwned + Into<Object>,
 {
     let text = json.to_string();
     let mut full: K = serde_json::from_str(&text).unwrap();
     full.strip();
-    let (full, slim): (Object, Object) =
-        (full.into(), serde_json::from_str::<Slim<K>>(&text).unwrap().into());
+    let (full, slim): (Object, Object) = (full.into(), serde_json::from_str::<S>(&text).unwrap().into());
     assert_eq!(convert::object(&slim), convert::object(&full), "{text}");
     assert_eq!(slim.reference(), full.reference());
     let (slim, full) = (slim.metadata(), full.metadata());
@@ -63,11 +62,11 @@ fn slices_are_what_they_are_when_decoded_in_full() {
             {"port": 1}, {"name": "udp", "protocol": "UDP", "port": 70_000},
         ],
     });
-    check::<discovery::EndpointSlice>(&slice);
-    let rejected = serde_json::from_value::<Slim<discovery::EndpointSlice>>(slice.clone()).unwrap().into();
+    check::<discovery::EndpointSlice, SlimSlice>(&slice);
+    let rejected = serde_json::from_value::<SlimSlice>(slice.clone()).unwrap().into();
     assert_eq!(convert::object(&rejected).unwrap().rejections.len(), 5, "every one of them is told");
     for list in ["/endpoints", "/ports", "/metadata/labels", "/metadata/annotations", "/addressType"] {
-        check::<discovery::EndpointSlice>(&with(&slice, list, Value::Null));
+        check::<discovery::EndpointSlice, SlimSlice>(&with(&slice, list, Value::Null));
     }
     for (field, wrong) in [("/endpoints", json!("x")), ("/endpoints/0/addresses", json!(["10.1.0.1", 1]))] {
         let text = with(&slice, field, wrong).to_string();
@@ -75,10 +74,10 @@ fn slices_are_what_they_are_when_decoded_in_full() {
         assert!(is_full_refused);
     }
     let wrong = with(&slice, "/endpoints", json!("x"));
-    assert!(serde_json::from_value::<Slim<discovery::EndpointSlice>>(wrong).is_err());
+    assert!(serde_json::from_value::<SlimSlice>(wrong).is_err());
     for label in ["service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"] {
         let labels = json!({"kubernetes.io/service-name": "web", label: ""});
-        check::<discovery::EndpointSlice>(&with(&slice, "/metadata/labels", labels));
+        check::<discovery::EndpointSlice, SlimSlice>(&with(&slice, "/metadata/labels", labels));
     }
 }
 
@@ -102,16 +101,16 @@ fn services_are_what_they_are_when_decoded_in_full() {
             "conditions": [],
         },
     });
-    check::<core::Service>(&service);
+    check::<core::Service, Slim<core::Service>>(&service);
     for field in ["/spec", "/status", "/status/loadBalancer", "/spec/ports", "/spec/clusterIPs"] {
-        check::<core::Service>(&with(&service, field, Value::Null));
+        check::<core::Service, Slim<core::Service>>(&with(&service, field, Value::Null));
     }
     for (field, value) in [("type", "ExternalName"), ("type", "x"), ("clusterIP", "None")] {
         let mut other = service.clone();
         other["spec"][field] = value.into();
         other["spec"]["clusterIPs"] = Value::Null;
-        check::<core::Service>(&other);
+        check::<core::Service, Slim<core::Service>>(&other);
     }
     let labels = json!({"service.kubernetes.io/service-proxy-name": "other"});
-    check::<core::Service>(&with(&service, "/metadata/labels", labels));
+    check::<core::Service, Slim<core::Service>>(&with(&service, "/metadata/labels", labels));
 }

@@ -28,7 +28,7 @@ pub fn service(service: &core::Service) -> Result<Converted<Service>, Rejection>
     let Some(spec) = &service.spec else { return Err(report.rejection("spec", Reason::Missing)) };
     let kind = kind(spec).map_err(|reason| report.rejection("spec.type", reason))?;
     let mut object = Service {
-        key: ServiceKey::new(&report.object.namespace, &report.object.name),
+        key: ServiceKey::new(report.namespace, report.name),
         kind,
         headless: cluster_ip_texts(spec).any(|t| t == "None"),
         cluster_ips: Vec::new(),

@@ -198,8 +198,8 @@ fn assert_nothing_leaks(world: &mut World) {
     assert_eq!((planner.frontends.used(), planner.members_in_kernel), (0, 0));
     assert_eq!((planner.addresses.used(), planner.room.used(), planner.range_room.used()), (0, 0, 0));
     assert_eq!(planner.cidrs.used(), 0);
-    assert!(planner.claimed.is_empty() && planner.inherited.is_empty());
-    assert!(planner.records.is_empty() && planner.by_name.is_empty() && planner.owned.is_empty());
+    assert!(planner.holdings.is_empty() && planner.inherited.is_empty());
+    assert!(planner.records.is_empty() && planner.by_name.is_empty());
     assert!(planner.rejected.is_empty());
     let kernel = &world.kernel;
     assert!(kernel.frontends.is_empty() && kernel.services.is_empty() && kernel.names.is_empty());

@@ -140,8 +140,9 @@ fn walked(world: &World) -> NoLocalEndpoints {
     let mut v4 = ByPolicy::default();
     for (key, service) in world.model.services().filter(|(_, s)| !s.headless) {
         assert!(service.cluster_ip(Family::V6).is_none());
-        let usable = |e: &&Endpoint| e.conditions.ready || (e.conditions.serving && e.conditions.terminating);
-        let endpoints: Vec<_> = world.model.slices(key).flat_map(|s| &s.endpoints).filter(usable).collect();
+        let usable = |e: &Endpoint| e.conditions.ready || (e.conditions.serving && e.conditions.terminating);
+        let endpoints: Vec<_> =
+            world.model.slices(key).into_iter().flat_map(|s| s.endpoints).filter(usable).collect();
         let is_here = endpoints.iter().any(|e| e.node.as_deref() == Some(NODE));
         if endpoints.is_empty() || is_here {
             continue;

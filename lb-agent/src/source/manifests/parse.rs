@@ -339,6 +339,8 @@ fn accept(object: Result<Object, Wrong>, named: Option<Named>, place: Place, par
                 port.name.get_or_insert_default();
             }
         }
+        // Manifests are decoded in full.
+        Object::SlimSlice(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
         Object::Node(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
         Object::ServiceCidr(o) => prepare(o.as_mut(), |o| &mut o.metadata, &reference),
     }
