@@ -84,8 +84,11 @@ mod tests {
         let middle = std::hint::black_box(&UNUSED[UNUSED.len() / 2]);
         assert_eq!(std::hint::black_box(*middle), 7);
         assert!(is_mapped(middle));
-        give_back();
-        assert!(!is_mapped(middle));
+        // Where the kernel maps files in huge pages, another test may touch the same one in between.
+        assert!((0..1000).any(|_| {
+            give_back();
+            !is_mapped(middle)
+        }));
         assert_eq!(std::hint::black_box(*middle), 7);
     }
 }
