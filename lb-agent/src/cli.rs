@@ -216,7 +216,7 @@ pub struct RunArgs {
     #[arg(long, env = "LB_MAX_BACKENDS", value_name = "N", help_heading = "Sizes of maps")]
     pub max_backends: Option<String>,
     /// Flows that fit, per family: 544 bytes each, both families together, from the start [default: 262144, or 32768 per CPU
-    /// where that is more; less if it were more than a 64th of the memory]
+    /// where that is more, as a power of two; less if it were more than a 64th of the memory]
     #[arg(long, env = "LB_MAX_FLOWS", value_name = "N", help_heading = "Sizes of maps")]
     pub max_flows: Option<String>,
     /// Slots of the caches that XDP and tc have of flows, all CPUs together; 64 bytes each for IPv4, and a quarter as many of 128 for

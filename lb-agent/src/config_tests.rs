@@ -39,7 +39,10 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!(s.healthz_bind_address, Some("0.0.0.0:10256".parse().unwrap()));
     assert_eq!(s.metrics_bind_address, Some("127.0.0.1:10249".parse().unwrap()));
     assert_eq!((s.snat_ports.first, s.snat_ports.last), (10_240, 29_999));
-    assert_eq!(s.capacities, Capacities::default());
+    // Flow tables follow the machine, and stay as large as they are.
+    let flows = s.capacities.flows;
+    assert_eq!(s.capacities, Capacities { flows, keep_flows: true, ..Capacities::default() });
+    assert!(flows.is_power_of_two());
     assert_eq!(s.timeouts.tcp_established_s, 86_400);
     assert_eq!(config.log, LogSettings { format: LogFormat::Text, filter: "info".into() });
 }

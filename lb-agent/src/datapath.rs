@@ -139,6 +139,8 @@ impl Datapath {
         load::check_kernel()?;
         let state = StateDir::prepare(&settings.state_dir)?;
         let object = load::parse()?;
+        let capacities = migrate::with_room_for_flows(&state, settings.capacities);
+        let settings = &Settings { capacities, ..settings.clone() };
         let mut migration = Migration::prepare(&object, &state, &settings.capacities)?;
         let programs = load::load(&object, &state, settings)?;
         migration.copy(&state)?;

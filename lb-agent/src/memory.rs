@@ -50,7 +50,8 @@ unsafe extern "C" fn unmap_program(object: *mut libc::dl_phdr_info, _: usize, _:
     };
     // SAFETY: no pointers.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(65536);
-    // Without the flag for writing nobody has ever written to it: the dynamic linker relocates writable segments only.
+    // Without the flag for writing the program has never written to it: the dynamic linker relocates writable segments only.
+    // What debuggers and uprobes have patched is as in the file again.
     for header in headers.iter().filter(|h| h.p_type == libc::PT_LOAD && h.p_flags & libc::PF_W == 0) {
         let start = base + header.p_vaddr as usize;
         let (from, end) = (start.next_multiple_of(page), (start + header.p_memsz as usize) / page * page);
@@ -73,7 +74,9 @@ mod tests {
 
     /// As /proc/self/pagemap says (Documentation/admin-guide/mm/pagemap.rst).
     fn is_mapped(byte: &u8) -> bool {
-        let page = std::ptr::from_ref(byte) as u64 / 4096;
+        // SAFETY: no pointers.
+        let page_bytes = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap();
+        let page = std::ptr::from_ref(byte) as u64 / page_bytes;
         let mut entry = [0; 8];
         File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entry, page * 8).unwrap();
         u64::from_ne_bytes(entry) >> 63 == 1

@@ -95,6 +95,8 @@ pub struct Capacities {
     pub slots: u32,
     pub backends: u32,
     pub flows: u32,
+    /// Flow tables that are larger already stay as they are: nobody asked for another size.
+    pub keep_flows: bool,
     /// All CPUs together; 0 for none.
     pub flow_cache: u32,
     pub affinity: u32,
@@ -111,6 +113,7 @@ impl Default for Capacities {
             slots: capacity::SLOTS,
             backends: capacity::BACKENDS,
             flows: capacity::FLOWS,
+            keep_flows: false,
             flow_cache: capacity::FLOW_CACHE,
             affinity: capacity::AFFINITY,
             sockets: capacity::SOCKETS,

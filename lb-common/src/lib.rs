@@ -31,7 +31,7 @@ pub mod verdict;
 pub use addr::{Addr, Be16, Be32, V4, V6};
 
 /// Version of every map layout in this crate. Part of the pin path.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// IP protocol numbers (IANA assigned-numbers) that the data path knows by name.
 pub mod proto {

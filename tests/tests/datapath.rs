@@ -17,7 +17,7 @@ use lb_agent::{
     settings::{SocketLb, XdpSetting},
 };
 use lb_common::{
-    V4,
+    LAYOUT_VERSION, V4,
     device::flags,
     maps::{Clock, name, program},
 };
@@ -373,7 +373,7 @@ fn links_of_another_layout_version_go_once_ours_are_attached() {
         elsewhere.veth("pod0")?;
         node.start(&node.settings(), TcSetting::Auto)?.stop()?;
         let state = node.state_dir();
-        std::fs::rename(state.join("v1"), state.join("v9999"))?;
+        std::fs::rename(state.join(format!("v{LAYOUT_VERSION}")), state.join("v9999"))?;
         let agent = node.start(&node.settings(), TcSetting::Auto)?;
         assert_eq!(tcx("pod0", TcAttachType::Ingress)?, [program::TC_INGRESS]);
         ensure!(!state.join("v9999").exists());

@@ -20,7 +20,7 @@ use lb_agent::{
     },
 };
 use lb_common::{
-    V4,
+    LAYOUT_VERSION, V4,
     conntrack::{Flow, tcp},
     frontend::ServiceRecord,
     maps::{name, program},
@@ -80,7 +80,10 @@ fn a_changed_capacity_keeps_flows_and_services() {
             assert_eq!(after.get(&key, 0)?, value);
         }
         assert_eq!(services()?.get(&3, 0)?, record);
-        assert_eq!(std::fs::read_dir(node.state_dir().join("v1/maps-old"))?.count(), 0);
+        assert_eq!(
+            std::fs::read_dir(node.state_dir().join(format!("v{LAYOUT_VERSION}/maps-old")))?.count(),
+            0
+        );
 
         // Smaller, and the record still fits; then so small that it does not.
         settings.capacities.services = 16;
@@ -101,13 +104,32 @@ fn a_changed_capacity_keeps_flows_and_services() {
     });
 }
 
+/// A default that has shrunk with the node's memory is no reason to lose flows.
+#[test]
+fn a_smaller_default_leaves_larger_flow_tables_alone() {
+    on_a_node(|node| {
+        let entries_with = |flows, keep_flows| -> Result<u32> {
+            let mut settings = node.settings();
+            settings.capacities.flows = flows;
+            settings.capacities.keep_flows = keep_flows;
+            node.start(&settings, TcSetting::Auto)?.stop()?;
+            Ok(MapData::from_pin(map_pin(&node.state_dir(), name::FLOWS4))?.info()?.max_entries())
+        };
+        assert_eq!(entries_with(5000, true)?, 10_000);
+        assert_eq!(entries_with(1000, true)?, 10_000, "nobody asked for less");
+        assert_eq!(entries_with(6000, true)?, 12_000, "there is memory for more");
+        assert_eq!(entries_with(1000, false)?, 2000, "as asked");
+        Ok(())
+    });
+}
+
 #[test]
 fn a_changed_capacity_keeps_source_ranges_or_gives_up_all_that_is_planned() {
     on_a_node(|node| {
         let mut settings = node.settings();
         settings.capacities.source_ranges = 200;
         node.start(&settings, TcSetting::Auto)?.stop()?;
-        let maps = node.state_dir().join("v1/maps");
+        let maps = node.state_dir().join(format!("v{LAYOUT_VERSION}/maps"));
         let net = |i: u8| format!("10.{i}.0.0/16").parse();
         let range = |i| Ok(MapOp::PutRange { service: 3, net: net(i)? });
         let mut ops: Vec<MapOp> = (0..100).map(range).collect::<Result<_>>()?;
@@ -137,7 +159,7 @@ fn a_migration_that_was_cut_off_is_completed() {
         let (key, value) = flow(1);
         flows(node)?.insert(key, value, 0)?;
         // Moved away, and the new map not made yet.
-        let old = node.state_dir().join("v1/maps-old").join(name::FLOWS4);
+        let old = node.state_dir().join(format!("v{LAYOUT_VERSION}/maps-old")).join(name::FLOWS4);
         std::fs::rename(map_pin(&node.state_dir(), name::FLOWS4), &old)?;
         node.start(&settings, TcSetting::Auto)?.stop()?;
         assert_eq!(flows(node)?.get(&key, 0)?, value);
@@ -161,7 +183,11 @@ fn what_the_old_programs_write_after_the_copy_is_carried_over() {
     on_a_node(|node| {
         let mut settings = node.settings();
         node.start(&settings, TcSetting::Auto)?.stop()?;
-        let now = || Ok::<_, anyhow::Error>(KernelClock::open(&node.state_dir().join("v1"))?.jiffies()?);
+        let now = || {
+            Ok::<_, anyhow::Error>(
+                KernelClock::open(&node.state_dir().join(format!("v{LAYOUT_VERSION}")))?.jiffies()?,
+            )
+        };
         let begun = |n: u32, created: u32| {
             let (key, flow) = flow(n);
             (key, Flow { tcp_seen: tcp::SYN, last_seen: created, created, ..flow })
@@ -175,7 +201,8 @@ fn what_the_old_programs_write_after_the_copy_is_carried_over() {
         drop(old);
         settings.capacities.flows = 5000;
         let datapath = free(|| Datapath::start_with(&settings, TcSetting::Auto))?;
-        let mut old = flows_at(&node.state_dir().join("v1/maps-old").join(name::FLOWS4))?;
+        let mut old =
+            flows_at(&node.state_dir().join(format!("v{LAYOUT_VERSION}/maps-old")).join(name::FLOWS4))?;
         let mut new = flows(node)?;
         ensure!(new.keys().count() == 4);
         // A new flow; one that has ended; one whose tuple belongs to another by now; one whose tuple our programs have
@@ -198,7 +225,10 @@ fn what_the_old_programs_write_after_the_copy_is_carried_over() {
         assert_eq!(new.get(&reused.0, 0)?, successor);
         assert_eq!(new.get(&ours.0, 0)?, elsewhere(ours.1));
         ensure!(new.get(&purged.0, 0).is_err(), "what was purged is back");
-        assert_eq!(std::fs::read_dir(node.state_dir().join("v1/maps-old"))?.count(), 0);
+        assert_eq!(
+            std::fs::read_dir(node.state_dir().join(format!("v{LAYOUT_VERSION}/maps-old")))?.count(),
+            0
+        );
         Ok(())
     });
 }
@@ -239,7 +269,7 @@ fn after_flows_have_moved_each_hook_has_one_program() {
             } else {
                 assert_eq!(found, ["clsact bpf", "clsact bpf"], "start {number}");
             }
-            let left: Vec<_> = std::fs::read_dir(node.state_dir().join("v1/links"))?
+            let left: Vec<_> = std::fs::read_dir(node.state_dir().join(format!("v{LAYOUT_VERSION}/links")))?
                 .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
                 .filter(|name| name.starts_with("beside"))
                 .collect();

@@ -135,6 +135,7 @@ impl Options<'_> {
             slots: self.or("max_slots", |a| &a.max_slots, default.slots, size)?,
             backends: self.or("max_backends", |a| &a.max_backends, default.backends, size)?,
             flows: self.or("max_flows", |a| &a.max_flows, default.flows, size)?,
+            keep_flows: self.one("max_flows", |a| &a.max_flows).is_none(),
             flow_cache: self.or("flow_cache", |a| &a.flow_cache, default.flow_cache, parse::size_or_none)?,
             affinity: self.or("max_affinity", |a| &a.max_affinity, default.affinity, size)?,
             sockets: self.or("max_sockets", |a| &a.max_sockets, default.sockets, size)?,

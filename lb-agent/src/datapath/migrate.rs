@@ -198,6 +198,15 @@ fn drop_old(state: &StateDir, map: &str) -> Result<(), Error> {
     fs::remove_file(&path).map_err(|source| Error::Pin { path, action: "unlink", source })
 }
 
+/// The capacities with flow tables no smaller than those of the last run, unless their size was asked for: a default that has
+/// shrunk with the node's memory is no reason to lose flows.
+pub fn with_room_for_flows(state: &StateDir, asked: Capacities) -> Capacities {
+    let pinned = [name::FLOWS4, name::FLOWS6].map(|map| Definition::of_pin(&state.maps().join(map)));
+    let largest = pinned.iter().flatten().map(|table| table.entries / 2).max();
+    let flows = if asked.keep_flows { asked.flows.max(largest.unwrap_or(0)) } else { asked.flows };
+    Capacities { flows, ..asked }
+}
+
 fn compare(object: &Object, state: &StateDir, capacities: &Capacities) -> Result<Comparison, Error> {
     let sizes = load::max_entries(capacities, load::possible_cpus()?);
     let mut found = Comparison::default();

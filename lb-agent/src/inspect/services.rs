@@ -61,13 +61,14 @@ pub fn read(dir: &Path) -> Result<Vec<ServiceRow>, Error> {
         frontends.entry(value.service).or_default().push((frontend, value));
     }
     let known = state.services.keys().chain(frontends.keys()).copied().collect::<BTreeSet<u32>>();
+    // A frontend may name a record beyond the end, should somebody have damaged the map.
+    let sums = counters.sums(known.last().map_or(0, |last| last.saturating_add(1))).unwrap_or_default();
     let mut rows = Vec::with_capacity(known.len());
     for id in known {
         let service = state.services.get(&id).cloned().unwrap_or_default();
         let frontends = frontends.remove(&id).unwrap_or_default();
         let affinity = frontends.iter().any(|(_, v)| v.flags & flags::AFFINITY != 0);
-        // A frontend may name a record beyond the end, should somebody have damaged the map.
-        let sums = counters.sum(id).unwrap_or_default();
+        let sums = sums.get(id as usize).copied().unwrap_or_default();
         rows.push(ServiceRow {
             name: service.name.unwrap_or_default(),
             id,

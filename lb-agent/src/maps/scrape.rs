@@ -74,7 +74,7 @@ impl Scrape {
             .names
             .entries()
             .map_err(|source| MapError::Read { map: name::SERVICE_NAMES, source })?;
-        let end = names.iter().map(|(id, _)| *id + 1).max().unwrap_or(0);
+        let end = names.iter().map(|(id, _)| id.saturating_add(1)).max().unwrap_or(0);
         let sums = self.maps.stats.sums(end)?;
         let mut samples = Vec::with_capacity(names.len());
         for (id, name) in names {

@@ -69,12 +69,13 @@ impl ServiceCounters {
         Ok(Self { records: counts.capacity() / cpus, counts, cpus })
     }
 
-    /// What the record's Service has seen, over all CPUs; nothing for records that there are not.
+    /// What the record's Service has seen, over all CPUs; nothing for records that there are not. Keeps nothing mapped.
     pub fn sum(&self, service: u32) -> Result<ServiceStats, MapError> {
         let mut sum = ServiceStats::default();
         if service < self.records {
             for cpu in 0..self.cpus {
-                add(&mut sum, self.counts.load(stats_index(cpu, self.records, service))?.unwrap_or_default());
+                let index = stats_index(cpu, self.records, service);
+                self.counts.read_range(index..index + 1, |_, counted| add(&mut sum, counted))?;
             }
         }
         Ok(sum)

@@ -17,7 +17,7 @@ use lb_agent::{
     datapath::{Datapath, DeviceSink, DeviceSinkError, Error, TcSetting, map_pin},
     settings::{Capacities, NodePortAddresses, Settings, SocketLb, SourceSettings, XdpSetting},
 };
-use lb_common::{conntrack::Timeouts, device::Device, maps::name, nat::PortRange};
+use lb_common::{LAYOUT_VERSION, conntrack::Timeouts, device::Device, maps::name, nat::PortRange};
 use tokio::{runtime::Runtime, sync::watch};
 
 /// Far more than anything here takes, also while the machine builds something.
@@ -120,7 +120,7 @@ impl Node {
     }
 
     pub fn link_pin(&self, name: &str) -> PathBuf {
-        self.state_dir().join("v1/links").join(name)
+        self.state_dir().join(format!("v{LAYOUT_VERSION}/links")).join(name)
     }
 
     /// Without socket hooks and XDP, with small maps.
@@ -151,6 +151,7 @@ impl Node {
                 slots: 4096,
                 backends: 1024,
                 flows: 4096,
+                keep_flows: false,
                 flow_cache: 1024,
                 affinity: 1024,
                 sockets: 1024,
