@@ -21,6 +21,9 @@ use crate::{
 /// Flows of the cases that are not hot: more than the branch predictor learns, less than the cache holds.
 const SOME_FLOWS: u32 = 1024;
 
+/// Entries of the flow tables: several cases open 144,000 flows each, and none ends.
+const FLOW_ENTRIES: u32 = 2_000_000;
+
 /// Bars of the suite.
 const ESTABLISHED_NS: f64 = 40.0;
 const NEW_NS: f64 = 35.0;
@@ -40,7 +43,7 @@ pub fn world() -> Result<World> {
 
 /// The same with another cache, or a second of another length.
 pub fn world_with(options: Options) -> Result<World> {
-    let mut lab = Lab::with(Options { default_sizes: true, flow_entries: 2 * capacity::FLOWS, ..options })?;
+    let mut lab = Lab::with(Options { default_sizes: true, flow_entries: FLOW_ENTRIES, ..options })?;
     let external = packets::external(&mut lab)?;
     ip("route add 198.18.0.0/15 via 192.0.2.254 dev ext0")?;
     Ok(World { lab, external })

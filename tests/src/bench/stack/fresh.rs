@@ -28,9 +28,9 @@ const OF_NFTABLES: f64 = 6.0;
 const OF_IPTABLES: f64 = 80.0;
 
 /// Packets of a round. All rounds of a node together must fit into what it may track, or what is measured is the search
-/// for flows to drop: 262,144 in the kernel by default, half a million in ours.
+/// for flows to drop: 262,144 in the kernel by default, and in ours.
 const fn frames(effort: Effort) -> [u32; 3] {
-    let (ours, nft, iptables) = (1 << 14, 1 << 13, 1 << 11);
+    let (ours, nft, iptables) = (1 << 13, 1 << 13, 1 << 11);
     match effort {
         Effort::Full | Effort::Short => [ours, nft, iptables],
         Effort::Small => [256; 3],
