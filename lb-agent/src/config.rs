@@ -2,7 +2,6 @@
 //! reason and what is allowed.
 
 mod kubeproxy;
-mod machine;
 mod options;
 mod values;
 

@@ -9,6 +9,7 @@ pub mod healthcheck;
 pub mod host;
 pub mod http;
 pub mod inspect;
+mod machine;
 pub mod maps;
 pub mod memory;
 pub mod metrics;

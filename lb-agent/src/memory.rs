@@ -5,6 +5,8 @@
 
 use std::ffi::{c_int, c_void};
 
+use crate::machine::page_bytes;
+
 /// From this size on a buffer (a page of a list, the operations of a large plan) is a mapping of its own.
 #[cfg(target_env = "gnu")]
 const OWN_MAPPING: libc::c_int = 128 * 1024;
@@ -48,8 +50,7 @@ unsafe extern "C" fn unmap_program(object: *mut libc::dl_phdr_info, _: usize, _:
         }
         (object.dlpi_addr as usize, std::slice::from_raw_parts(object.dlpi_phdr, object.dlpi_phnum.into()))
     };
-    // SAFETY: no pointers.
-    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(65536);
+    let page = page_bytes() as usize;
     // Without the flag for writing the program has never written to it: the dynamic linker relocates writable segments only.
     // What debuggers and uprobes have patched is as in the file again.
     for header in headers.iter().filter(|h| h.p_type == libc::PT_LOAD && h.p_flags & libc::PF_W == 0) {
@@ -74,9 +75,7 @@ mod tests {
 
     /// As /proc/self/pagemap says (Documentation/admin-guide/mm/pagemap.rst).
     fn is_mapped(byte: &u8) -> bool {
-        // SAFETY: no pointers.
-        let page_bytes = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap();
-        let page = std::ptr::from_ref(byte) as u64 / page_bytes;
+        let page = std::ptr::from_ref(byte) as u64 / u64::from(page_bytes());
         let mut entry = [0; 8];
         File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entry, page * 8).unwrap();
         u64::from_ne_bytes(entry) >> 63 == 1

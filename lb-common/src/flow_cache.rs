@@ -17,7 +17,7 @@
 //! An entry that is still fresh is not replaced: two flows on one slot would take turns to write, with every packet. But a
 //! flow takes the place of nothing.
 
-use crate::{Addr, Be16, V4, V6, conntrack::Flow, map_type, tuple::Tuple};
+use crate::{Addr, V4, V6, conntrack::Flow, map_type, tuple::Tuple};
 
 /// Value of `FLOW_CACHE4` and `FLOW_CACHE6`: a flow, its next hop, and what translation changes in the checksums.
 #[repr(C)]
@@ -173,14 +173,6 @@ pub const fn slots_per_cpu(total: u32, cpus: u32) -> u32 {
 }
 
 impl<A: Addr> CachedFlow<A> {
-    /// The tuple after rewriting.
-    #[inline(always)]
-    pub const fn rewritten(&self, proto: u8) -> Tuple<A> {
-        let [a, b, c, d] = self.ports.to_ne_bytes();
-        let (sport, dport) = (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]));
-        Tuple::new(self.src, Be16::from_raw(sport), self.dst, Be16::from_raw(dport), proto)
-    }
-
     /// Makes this the entry for packets of `key`, but for the next hop, hook, way and where they are counted.
     #[inline(always)]
     pub fn fill(&mut self, key: &Tuple<A>, flow: &Flow<A>, epoch: u32) {

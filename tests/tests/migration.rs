@@ -13,7 +13,7 @@ use aya::{
 };
 use lb_agent::{
     datapath::{Datapath, TcSetting, map_pin},
-    maps::{KernelClock, Maps},
+    maps::{KernelClock, Maps, ServiceCounters},
     plan::{
         ActualState,
         op::{Family, MapOp},
@@ -22,7 +22,7 @@ use lb_agent::{
 use lb_common::{
     LAYOUT_VERSION, V4,
     conntrack::{Flow, tcp},
-    frontend::ServiceRecord,
+    frontend::{ServiceRecord, ServiceStats},
     maps::{name, program},
     tuple::Tuple,
 };
@@ -66,6 +66,14 @@ fn a_changed_capacity_keeps_flows_and_services() {
         };
         let record = ServiceRecord { affinity_timeout_s: 77, ..Default::default() };
         services()?.set(3, record, 0)?;
+        let counts = || ServiceCounters::open(&node.state_dir().join(format!("v{LAYOUT_VERSION}/maps")));
+        let pin = map_pin(&node.state_dir(), name::SERVICE_STATS);
+        let mut raw = Array::<_, ServiceStats>::try_from(Map::Array(MapData::from_pin(pin)?))?;
+        let of_cpu = settings.capacities.services;
+        let cpus = raw.len() / of_cpu;
+        for cpu in 0..cpus {
+            raw.set(cpu * of_cpu + 3, ServiceStats { packets: 10, ..Default::default() }, 0)?;
+        }
 
         settings.capacities.flows = 10_000;
         settings.capacities.services = 2048;
@@ -80,6 +88,7 @@ fn a_changed_capacity_keeps_flows_and_services() {
             assert_eq!(after.get(&key, 0)?, value);
         }
         assert_eq!(services()?.get(&3, 0)?, record);
+        assert_eq!(counts()?.sum(3)?.packets, 10 * u64::from(cpus));
         assert_eq!(
             std::fs::read_dir(node.state_dir().join(format!("v{LAYOUT_VERSION}/maps-old")))?.count(),
             0
@@ -166,7 +175,7 @@ fn a_migration_that_was_cut_off_is_completed() {
         ensure!(!old.exists());
         // The new map made, with a younger flow, and the old one not copied.
         std::fs::rename(map_pin(&node.state_dir(), name::FLOWS4), &old)?;
-        let made = HashMap::<MapData, Tuple<V4>, Flow<V4>>::create(8192, 1)?;
+        let made = HashMap::<MapData, Tuple<V4>, Flow<V4>>::create(8192, 0)?;
         made.pin(map_pin(&node.state_dir(), name::FLOWS4))?;
         let (young, younger) = flow(2);
         flows(node)?.insert(young, younger, 0)?;

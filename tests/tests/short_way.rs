@@ -27,22 +27,29 @@ use lb_tests::{
     vnet::Header,
 };
 
-/// Runs `check` for both families, ways and protocols, with a flow that the tables have forgotten: who does not take the short
-/// way opens another.
-fn with_noted_flows(check: impl Fn(&Bed, &Frame, (IpAddr, u16)) -> Result<()>) -> Result<()> {
+/// Runs `check` for both families and ways.
+fn on_each_bed(check: impl Fn(&mut Bed) -> Result<()>) -> Result<()> {
     for n in nets() {
         for way in [Way::Stack, Way::Routed] {
-            let mut bed = Bed::new(n, way)?;
-            for l4 in [L4::Udp, L4::Tcp(ACK)] {
-                let request = bed.request(&l4);
-                let src = bed.open(&request)?;
-                bed.lab.forget_flows()?;
-                check(&bed, &request, src).with_context(|| format!("{n:?}, {way:?}, {l4:?}"))?;
-                assert_eq!(bed.lab.flow_entries(), 0, "{way:?}, {l4:?}: not by the cache");
-            }
+            check(&mut Bed::new(n, way)?).with_context(|| format!("{n:?}, {way:?}"))?;
         }
     }
     Ok(())
+}
+
+/// Runs `check` for both families, ways and protocols, with a flow that the tables have forgotten: who does not take the short
+/// way opens another.
+fn with_noted_flows(check: impl Fn(&Bed, &Frame, (IpAddr, u16)) -> Result<()>) -> Result<()> {
+    on_each_bed(|bed| {
+        for l4 in [L4::Udp, L4::Tcp(ACK)] {
+            let request = bed.request(&l4);
+            let src = bed.open(&request)?;
+            bed.lab.forget_flows()?;
+            check(bed, &request, src).with_context(|| format!("{l4:?}"))?;
+            assert_eq!(bed.lab.flow_entries(), 0, "{:?}, {l4:?}: not by the cache", bed.way);
+        }
+        Ok(())
+    })
 }
 
 #[test]
@@ -161,68 +168,64 @@ fn what_will_be_cut_into_segments_keeps_its_form() -> Result<()> {
 /// The headers need not lie in one piece with the frame's start: then the tables are asked, with the same result.
 #[test]
 fn headers_in_pieces_are_translated_too() -> Result<()> {
-    for n in nets() {
-        for way in [Way::Stack, Way::Routed] {
-            let mut bed = Bed::new(n, way)?;
-            for l4 in [L4::Udp, L4::Tcp(ACK)] {
-                let request = bed.request(&l4);
-                let src = bed.open(&request)?;
-                let flows = bed.lab.flow_entries();
-                // Longer than a page, so that the kernel makes pieces.
-                let request = request.with(|f| f.payload = vec![3; 6000]);
-                for piece in [14, 20, l4_at(n) as u16, l4_at(n) as u16 + 6] {
-                    let header = Header { header_bytes: piece, ..Header::default() };
-                    let (_, came) = bed.deliver(header, &request.bytes())?;
-                    assert_packet(&format!("{way:?}, {piece} bytes"), &came, &bed.translated(&request, src));
-                }
-                assert_eq!(bed.lab.flow_entries(), flows);
+    on_each_bed(|bed| {
+        let (n, way) = (bed.n, bed.way);
+        for l4 in [L4::Udp, L4::Tcp(ACK)] {
+            let request = bed.request(&l4);
+            let src = bed.open(&request)?;
+            let flows = bed.lab.flow_entries();
+            // Longer than a page, so that the kernel makes pieces.
+            let request = request.with(|f| f.payload = vec![3; 6000]);
+            for piece in [14, 20, l4_at(n) as u16, l4_at(n) as u16 + 6] {
+                let header = Header { header_bytes: piece, ..Header::default() };
+                let (_, came) = bed.deliver(header, &request.bytes())?;
+                assert_packet(&format!("{way:?}, {piece} bytes"), &came, &bed.translated(&request, src));
             }
+            assert_eq!(bed.lab.flow_entries(), flows);
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// A sum over the whole packet, which the kernel makes when it checks a tunnel's outer checksum, follows every change.
 #[test]
 fn a_sum_over_the_packet_follows() -> Result<()> {
-    for n in nets() {
-        for way in [Way::Stack, Way::Routed] {
-            let mut bed = Bed::new(n, way)?;
-            let (sums, _links) = tunnel(&mut bed)?;
-            for l4 in [L4::Udp, L4::UdpNoChecksum, L4::Tcp(ACK)] {
-                // A flow of its own for each.
-                let sport = if l4 == L4::UdpNoChecksum { 40_001 } else { 40_000 };
-                let request = tcp(ACK, (n.client, sport), (n.vip, 80)).with(|f| f.l4 = l4.clone());
-                // By the tables twice, then by the cache.
-                let send = |bed: &Bed| -> Result<(Vec<u8>, u64)> {
-                    sys::set_value(&sums, &u64::MAX.to_ne_bytes())?;
-                    let came = bed.deliver(Header::default(), &encapsulated(&request).bytes())?.1;
-                    Ok((came, sys::lookup(&sums, 0u32)?))
-                };
-                for round in ["opens", "is noted", "is cached"] {
-                    let (came, summed) = send(&bed)?;
-                    sleep(TICKS);
-                    let what = format!("{n:?}, {way:?}, {l4:?}: {round}");
-                    // The low 32 bits are a sum of 16-bit words in the order of this machine.
-                    let summed = u32::try_from(summed).with_context(|| format!("{what}: no such sum"))?;
-                    let summed = sum(&summed.to_ne_bytes());
-                    let mut packet = came[14..].to_vec();
-                    if way == Way::Stack {
-                        undo_hop(&mut packet);
-                    }
-                    // The kernel adds the Ethernet header when it redirects (bpf_push_mac_rcsum): ours, or before a neighbour's
-                    // address is found the one that it came with.
-                    let header = match (way, round) {
-                        (Way::Stack, _) => &[][..],
-                        (Way::Routed, "is cached") => &came[..14],
-                        (Way::Routed, _) => &request.bytes()[..14],
-                    };
-                    assert_eq!(summed % 0xffff, sum(&[header, &packet].concat()) % 0xffff, "{what}");
+    on_each_bed(|bed| {
+        let (n, way) = (bed.n, bed.way);
+        let (sums, _links) = tunnel(bed)?;
+        for l4 in [L4::Udp, L4::UdpNoChecksum, L4::Tcp(ACK)] {
+            // A flow of its own for each.
+            let sport = if l4 == L4::UdpNoChecksum { 40_001 } else { 40_000 };
+            let request = tcp(ACK, (n.client, sport), (n.vip, 80)).with(|f| f.l4 = l4.clone());
+            // By the tables twice, then by the cache.
+            let send = || -> Result<(Vec<u8>, u64)> {
+                sys::set_value(&sums, &u64::MAX.to_ne_bytes())?;
+                let came = bed.deliver(Header::default(), &encapsulated(&request).bytes())?.1;
+                Ok((came, sys::lookup(&sums, 0u32)?))
+            };
+            for round in ["opens", "is noted", "is cached"] {
+                let (came, summed) = send()?;
+                sleep(TICKS);
+                let what = format!("{n:?}, {way:?}, {l4:?}: {round}");
+                // The low 32 bits are a sum of 16-bit words in the order of this machine.
+                let summed = u32::try_from(summed).with_context(|| format!("{what}: no such sum"))?;
+                let summed = sum(&summed.to_ne_bytes());
+                let mut packet = came[14..].to_vec();
+                if way == Way::Stack {
+                    undo_hop(&mut packet);
                 }
+                // The kernel adds the Ethernet header when it redirects (bpf_push_mac_rcsum): ours, or before a neighbour's
+                // address is found the one that it came with.
+                let header = match (way, round) {
+                    (Way::Stack, _) => &[][..],
+                    (Way::Routed, "is cached") => &came[..14],
+                    (Way::Routed, _) => &request.bytes()[..14],
+                };
+                assert_eq!(summed % 0xffff, sum(&[header, &packet].concat()) % 0xffff, "{what}");
             }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// The packet before the stack has sent it on.

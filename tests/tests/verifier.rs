@@ -337,6 +337,10 @@ fn maps_have_the_layouts_of_the_shared_types() -> Result<()> {
         assert_eq!((map.map_type(), (map.key_size(), map.value_size())), (kind as u32, sizes), "{name}");
     }
     assert_eq!(object.maps[name::COUNTERS].max_entries(), Counter::COUNT);
+    for table in [name::FLOWS4, name::FLOWS6] {
+        // BPF_F_NO_PREALLOC is 1: a new flow waits for no memory.
+        assert_eq!(object.maps[table].map_flags(), 0, "{table}");
+    }
     Ok(())
 }
 

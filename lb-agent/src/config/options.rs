@@ -6,11 +6,11 @@ use clap::{ArgMatches, parser::ValueSource};
 use lb_common::conntrack::Timeouts;
 
 use super::{
-    Config, Error, FileOptions, HOSTNAME, LogFormat, LogSettings, Origin, cgroup2_mount, machine,
-    values as parse,
+    Config, Error, FileOptions, HOSTNAME, LogFormat, LogSettings, Origin, cgroup2_mount, values as parse,
 };
 use crate::{
     cli::{DEFAULT_STATE_DIR, RunArgs},
+    machine,
     settings::{Capacities, Settings, SocketLb, XdpSetting},
 };
 

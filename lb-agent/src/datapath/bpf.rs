@@ -253,6 +253,9 @@ struct BatchAttr {
     flags: u64,
 }
 
+/// Entries moved by one system call.
+pub const CHUNK: usize = 4096;
+
 /// Sizes of one entry as bpf(2) transfers it (`value`: all CPUs of a per-CPU map).
 #[derive(Clone, Copy, Debug)]
 pub struct EntrySize {

@@ -15,13 +15,10 @@ use lb_common::{
 };
 
 use super::{
-    bpf::{BatchReader, EntrySize},
+    bpf::{BatchReader, CHUNK, EntrySize},
     elements::{self, Write},
 };
 use crate::maps::FlowEpochs;
-
-/// Entries read by one system call.
-const CHUNK: usize = 4096;
 
 /// The two tables, and what is carried over. Times are low halves of jiffies.
 #[derive(Clone, Copy, Debug)]

@@ -12,9 +12,6 @@ const PERCPU_HASH: u32 = 5;
 const PERCPU_ARRAY: u32 = 6;
 const LRU_PERCPU_HASH: u32 = 10;
 
-/// When memory is allocated: nothing that content or users of a map could tell.
-const BPF_F_NO_PREALLOC: u32 = 1;
-
 /// What must agree between a pin and its definition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Definition {
@@ -52,7 +49,7 @@ impl Definition {
         self.kind == other.kind
             && self.key == other.key
             && self.value == other.value
-            && (self.flags ^ other.flags) & !BPF_F_NO_PREALLOC == 0
+            && self.flags == other.flags
     }
 
     pub const fn is_array(&self) -> bool {
@@ -69,19 +66,5 @@ impl Definition {
             _ => self.value as usize,
         };
         Ok(EntrySize { key: self.key as usize, value })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn when_memory_is_allocated_is_no_part_of_a_layout() {
-        // BPF_MAP_TYPE_HASH; BPF_F_NO_PREALLOC, BPF_F_RDONLY.
-        let map = |flags, value| Definition { kind: 1, key: 16, value, flags, entries: 4 };
-        assert!(map(1, 32).same_but_for_capacity(&map(0, 32)));
-        assert!(!map(1, 32).same_but_for_capacity(&map(0, 56)));
-        assert!(!map(8, 32).same_but_for_capacity(&map(0, 32)));
     }
 }

@@ -25,9 +25,6 @@ use super::{
 /// Of each family the ranges are closed first: an address in one of them is refused if it has no frontend.
 pub const NAMES: [&str; 4] = [name::SERVICE_CIDRS4, name::SERVICE_CIDRS6, name::FRONTENDS4, name::FRONTENDS6];
 
-/// Entries read by one system call.
-const CHUNK: usize = 4096;
-
 /// Those of the last run. No pin keeps them: if this run ends early, the old programs stay as they are.
 #[derive(Debug)]
 pub struct Gates {
@@ -76,7 +73,7 @@ fn clear(map: BorrowedFd<'_>, key: usize) -> io::Result<()> {
     let size = EntrySize { key, value: size_of::<FrontendValue>() };
     let mut reader = BatchReader::new(map, size);
     // Bucket by bucket: what is deleted meanwhile moves nothing.
-    while let Some(batch) = reader.next(CHUNK)? {
+    while let Some(batch) = reader.next(bpf::CHUNK)? {
         for key in batch.keys.chunks_exact(size.key) {
             elements::delete(map, key)?;
         }

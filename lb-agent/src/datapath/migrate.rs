@@ -43,9 +43,6 @@ use super::{
 };
 use crate::settings::Capacities;
 
-/// Entries moved by one system call.
-const CHUNK: usize = 4096;
-
 /// What the planner reads back as the state that it left: kept together, or given up together.
 const PLANNED: [&str; 13] = [
     name::FRONTENDS4,
@@ -302,7 +299,7 @@ fn copy_map(state: &StateDir, moved: &Moved) -> io::Result<usize> {
     let mut reader = BatchReader::new(from.as_fd(), moved.old.entry_size()?);
     let (mut read, mut written) = (0, 0);
     let mut room = new.entries as usize;
-    while let Some(mut batch) = reader.next(CHUNK)? {
+    while let Some(mut batch) = reader.next(bpf::CHUNK)? {
         read += batch.count;
         if new.is_array() && written >= room {
             break;
@@ -325,7 +322,7 @@ fn copy_missing(state: &StateDir, map: &str, old: &Definition) -> io::Result<()>
     let (from, to) = open_both(state, map)?;
     let size = old.entry_size()?;
     let mut reader = BatchReader::new(from.as_fd(), size);
-    while let Some(batch) = reader.next(CHUNK)? {
+    while let Some(batch) = reader.next(bpf::CHUNK)? {
         for (key, value) in batch.keys.chunks_exact(size.key).zip(batch.values.chunks_exact(size.value)) {
             match elements::update(to.as_fd(), key, value, Write::New) {
                 Ok(()) => {}
@@ -356,7 +353,7 @@ fn used(path: &Path, definition: &Definition) -> io::Result<usize> {
     let size = definition.entry_size()?;
     let mut reader = BatchReader::new(map.as_fd(), size);
     let (mut read, mut used) = (0, 0);
-    while let Some(batch) = reader.next(CHUNK)? {
+    while let Some(batch) = reader.next(bpf::CHUNK)? {
         let last = batch.values.iter().rposition(|byte| *byte != 0);
         if let (true, Some(last)) = (definition.is_array(), last) {
             used = read + last / size.value + 1;

@@ -12,9 +12,6 @@ use super::{
     state_dir::StateDir,
 };
 
-/// Elements moved by one system call.
-const CHUNK: usize = 4096;
-
 /// Copies what fits of `SERVICE_STATS`: what is cut off has no Service, which `migrate` has made sure of.
 pub fn copy(state: &StateDir, map: &str, old: &Definition, new: &Definition) -> io::Result<()> {
     let cpus = nr_cpus().map_err(|(_, source)| source)? as u32;
@@ -22,7 +19,7 @@ pub fn copy(state: &StateDir, map: &str, old: &Definition, new: &Definition) -> 
     let (from, to) = migrate::open_both(state, map)?;
     let size = old.entry_size()?;
     let mut reader = BatchReader::new(from.as_fd(), size);
-    while let Some(batch) = reader.next(CHUNK)? {
+    while let Some(batch) = reader.next(bpf::CHUNK)? {
         let mut moved = rekeyed(&batch, size, records);
         let all = moved.count;
         if all > 0 {

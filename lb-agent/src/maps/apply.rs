@@ -22,7 +22,10 @@ use super::{
     MapError, Maps, Written, capacity_option,
     ranges::{self, RangeKey, RangeKey4, RangeKey6},
 };
-use crate::plan::op::{Backend, Family, Frontend, MapOp, Protocol};
+use crate::{
+    machine,
+    plan::op::{Backend, Family, Frontend, MapOp, Protocol},
+};
 
 /// What became of a plan.
 #[derive(Debug, Default)]
@@ -365,7 +368,7 @@ const GRACE_FALLBACK: Duration = Duration::from_millis(50);
 /// The kernel refuses it with nohz_full CPUs, and skips it on a machine with one CPU.
 pub(crate) fn wait_for_packets() {
     const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
-    let one_cpu = online_cpus() == 1;
+    let one_cpu = machine::online_cpus() == 1;
     // SAFETY: no pointers.
     if one_cpu || unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) } != 0 {
         thread::sleep(GRACE_FALLBACK);
@@ -378,11 +381,6 @@ pub(crate) fn wait_in_place<T>(wait: impl FnOnce() -> T) -> T {
         Ok(runtime) if runtime.runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(wait),
         _ => wait(),
     }
-}
-
-fn online_cpus() -> i64 {
-    // SAFETY: no pointers.
-    unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }
 }
 
 #[cfg(test)]

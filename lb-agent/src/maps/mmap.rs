@@ -20,6 +20,7 @@ use aya::maps::{MapData, MapType};
 use bytemuck::Pod;
 
 use super::MapError;
+use crate::machine;
 
 /// The kernel places array elements at multiples of this (`array->elem_size = round_up(value_size, 8)`).
 const WORD: usize = size_of::<u64>();
@@ -108,7 +109,7 @@ impl<T: Pod> MmapArray<T> {
     pub fn open_packed(dir: &Path, name: &'static str, per_value: u32) -> Result<Self, MapError> {
         let value_bytes = size_of::<T>() * per_value as usize;
         let (data, values) = super::open_pin(dir, name, &[MapType::Array], size_of::<u32>(), value_bytes)?;
-        let (len, per_window) = (values * per_value, page_size());
+        let (len, per_window) = (values * per_value, machine::page_bytes());
         let windows = (0..len.div_ceil(per_window)).map(|_| OnceLock::new()).collect();
         let array = Self { data, windows, per_window, len, name, path: dir.join(name), _type: PhantomData };
         array.window(0)?;
@@ -209,9 +210,4 @@ fn value<T: Pod>(words: &[AtomicU64]) -> T {
         bytes.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes()[..bytes.len()]);
     }
     value
-}
-
-fn page_size() -> u32 {
-    // SAFETY: no pointers.
-    u32::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096).max(4096)
 }

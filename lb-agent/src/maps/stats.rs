@@ -69,13 +69,19 @@ impl ServiceCounters {
         Ok(Self { records: counts.capacity() / cpus, counts, cpus })
     }
 
-    /// What the record's Service has seen, over all CPUs; nothing for records that there are not. Keeps nothing mapped.
+    /// What the record's Service has seen, over all CPUs; nothing for records that there are not. One system call a
+    /// CPU: a mapping for each would cost more, and ones that stay memory.
     pub fn sum(&self, service: u32) -> Result<ServiceStats, MapError> {
         let mut sum = ServiceStats::default();
         if service < self.records {
             for cpu in 0..self.cpus {
+                let mut counted = ServiceStats::default();
                 let index = stats_index(cpu, self.records, service);
-                self.counts.read_range(index..index + 1, |_, counted| add(&mut sum, counted))?;
+                let (key, to) = (std::ptr::from_ref(&index) as u64, std::ptr::from_mut(&mut counted) as u64);
+                // SAFETY: a key and a value of the sizes that the map was opened with.
+                unsafe { sys::elem(self.counts.fd(), Command::LookupElem, key, to, 0) }
+                    .map_err(|source| MapError::Read { map: name::SERVICE_STATS, source })?;
+                add(&mut sum, counted);
             }
         }
         Ok(sum)

@@ -1,14 +1,24 @@
-//! What defaults follow: the node's processors and memory.
+//! The node: its processors, pages and memory, and the defaults that follow them.
 
 use std::{fs, path::Path};
 
 use lb_common::maps::capacity;
 
 /// Flows that fit by default: see [`capacity::flows`].
-pub(super) fn flows(cgroup2: Option<&Path>) -> u32 {
+pub(crate) fn flows(cgroup2: Option<&Path>) -> u32 {
+    capacity::flows(online_cpus(), memory_bytes(cgroup2))
+}
+
+/// Processors that run.
+pub(crate) fn online_cpus() -> u32 {
     // SAFETY: no pointers.
-    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
-    capacity::flows(u32::try_from(cpus).unwrap_or(1), memory_bytes(cgroup2))
+    u32::try_from(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }).unwrap_or(1)
+}
+
+/// Bytes of a page.
+pub(crate) fn page_bytes() -> u32 {
+    // SAFETY: no pointers.
+    u32::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096).max(4096)
 }
 
 /// Memory that this process may use: all there is, or what its cgroup may, which maps count for as well. What cannot be read
