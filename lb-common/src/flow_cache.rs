@@ -17,7 +17,7 @@
 //! An entry that is still fresh is not replaced: two flows on one slot would take turns to write, with every packet. But a
 //! flow takes the place of nothing.
 
-use crate::{Addr, V4, V6, conntrack::Flow, map_type, tuple::Tuple};
+use crate::{Addr, V4, V6, conntrack::Flow, map_type, maps::name, tuple::Tuple};
 
 /// Value of `FLOW_CACHE4` and `FLOW_CACHE6`: a flow, its next hop, and what translation changes in the checksums.
 #[repr(C)]
@@ -97,6 +97,34 @@ map_type!(CachedFlow<V4>, size = ENTRY4_BYTES);
 map_type!(CachedFlow<V6>, size = 112);
 map_type!(Entry6, size = ENTRY6_BYTES);
 
+/// What stands in the entry of each of eight slots, as far as a byte can tell ([`tag`]); byte 0 is of the first slot. A tuple
+/// that the cache does not know is mostly recognized by its tag: entries fill megabytes, tags fit a processor's second-level
+/// cache.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tags {
+    pub of_slot: [u8; Tags::SLOTS],
+}
+
+impl Tags {
+    /// Array elements take eight bytes at least.
+    pub const SLOTS: usize = 8;
+
+    /// Index into the tags' map.
+    #[inline(always)]
+    pub const fn index(slot: u32) -> u32 {
+        slot / Self::SLOTS as u32
+    }
+
+    /// Position within an element.
+    #[inline(always)]
+    pub const fn position(slot: u32) -> usize {
+        slot as usize % Self::SLOTS
+    }
+}
+
+map_type!(Tags, size = Tags::SLOTS);
+
 /// Number of epochs of each kind; a power of two. Each stands for all tuples that hash to it.
 pub const EPOCHS: u32 = 4096;
 /// Length of `FLOW_EPOCHS`: the epochs of entries of the flow table, and then those of tuples that have none.
@@ -150,6 +178,12 @@ pub const fn slot_index(cpu: u32, slots: u32, hash: u32, hook: u8) -> u32 {
     cpu * slots + ((hash ^ (hook as u32) << 1) & (slots - 1))
 }
 
+/// The byte of a tuple's hash that its place says least about.
+#[inline(always)]
+pub const fn tag(hash: u32) -> u8 {
+    (hash >> 24) as u8
+}
+
 /// Where a flow whose slot is taken may be instead: next to it, as processors fetch lines in pairs.
 #[inline(always)]
 pub const fn other_slot(slot: u32) -> u32 {
@@ -170,6 +204,19 @@ pub const fn slots_per_cpu(total: u32, cpus: u32) -> u32 {
         0..=7 => 0,
         each => 1 << each.ilog2(),
     }
+}
+
+/// Lengths of the maps where each CPU has so many slots; a map has one entry at least.
+pub const fn lengths(slots: u32, cpus: u32) -> [(&'static str, u32); 4] {
+    let slots4 = if slots == 0 { 4 } else { slots * cpus };
+    let slots6 = slots4 / 4;
+    let tags = Tags::SLOTS as u32;
+    [
+        (name::FLOW_CACHE4, slots4),
+        (name::FLOW_CACHE6, slots6),
+        (name::FLOW_TAGS4, slots4.div_ceil(tags)),
+        (name::FLOW_TAGS6, slots6.div_ceil(tags)),
+    ]
 }
 
 impl<A: Addr> CachedFlow<A> {
@@ -247,6 +294,38 @@ mod tests {
         assert_eq!(slot_index(2, 4, 0xffff_fffd, hook::XDP), 9);
         assert_eq!(slot_index(2, 4, 0xffff_fffd, hook::INGRESS), 11);
         assert_eq!(slot_index(2, 2, 0xffff_fffd, hook::EGRESS), 5, "never another CPU's");
+    }
+
+    #[test]
+    fn every_slot_of_both_families_has_a_tag() {
+        // (slots per CPU, CPUs); IPv6 has a quarter of the slots.
+        for (slots, cpus) in [(0, 3), (8, 1), (8, 3), (1 << 17, 2)] {
+            let [(_, slots4), (_, slots6), (_, tags4), (_, tags6)] = lengths(slots, cpus);
+            assert!(slots6 >= 1);
+            for (slots, tags) in [(slots4, tags4), (slots6, tags6)] {
+                let last = slots - 1;
+                assert_eq!(Tags::index(last) + 1, tags);
+                assert_eq!(Tags::index(last) * 8 + Tags::position(last) as u32, last);
+            }
+        }
+    }
+
+    #[test]
+    fn tags_tell_tuples_of_one_slot_apart() {
+        // Of 65,536 tuples, those that share a slot of 4,096 have the same tag once in 256 pairs.
+        let mut slots: HashMap<u32, Vec<u8>> = HashMap::new();
+        for n in 0..1 << 16 {
+            let hash = hash(&tuple(0xc612_0000 + n, 40_000));
+            slots.entry(slot_index(0, 4096, hash, hook::XDP)).or_default().push(tag(hash));
+        }
+        let (mut pairs, mut same) = (0, 0);
+        for tags in slots.values() {
+            for (i, a) in tags.iter().enumerate() {
+                pairs += i;
+                same += tags[..i].iter().filter(|b| *b == a).count();
+            }
+        }
+        assert!((pairs / 300..pairs / 200).contains(&same), "{same} of {pairs} pairs have the same tag");
     }
 
     #[test]

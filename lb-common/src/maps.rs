@@ -48,6 +48,9 @@ pub mod name {
     /// second, and belongs to one load of the programs.
     pub const FLOW_CACHE4: &str = "FLOW_CACHE4";
     pub const FLOW_CACHE6: &str = "FLOW_CACHE6";
+    /// ARRAY of [`Tags`](crate::flow_cache::Tags), not pinned either.
+    pub const FLOW_TAGS4: &str = "FLOW_TAGS4";
+    pub const FLOW_TAGS6: &str = "FLOW_TAGS6";
 
     /// LRU_HASH, [`Neighbour`](crate::device::Neighbour) to u32, not pinned.
     pub const NEIGHBOURS: &str = "NEIGHBOURS";

@@ -3,7 +3,9 @@
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use lb_common::{
     conntrack::{Flow, tcp},
-    flow_cache::{CachedFlow, epoch_index, hash, is_stale, nothing_epoch_index, other_slot, slot_index, way},
+    flow_cache::{
+        CachedFlow, Tags, epoch_index, hash, is_stale, nothing_epoch_index, other_slot, slot_index, tag, way,
+    },
     proto,
     tuple::Tuple,
 };
@@ -64,26 +66,43 @@ impl Place {
 
 /// What is known about the packet's flow, if that is all there is to know: a packet with news has to be seen by the table.
 #[inline(always)]
-pub fn find<A: Net>(p: &Packet<A>, place: &Place) -> Option<&'static CachedFlow<A>> {
+pub fn find<A: Net>(p: &Packet<A>, place: &Place, is_cold: &mut u32) -> Option<&'static CachedFlow<A>> {
     // Whoever opens a flow touches enough cold memory as it is.
     if globals::flow_cache_slots() == 0 || news(p) & !tcp::ACK != 0 {
         return None;
     }
-    let mut cached = A::cached(place.slot)?;
-    // SAFETY: an element of this CPU's part; programs of one CPU do not interrupt each other.
-    if !is_same(unsafe { &*cached }, &p.tuple, place.hook) {
-        cached = A::cached(other_slot(place.slot))?;
-        // SAFETY: as above.
-        if !is_same(unsafe { &*cached }, &p.tuple, place.hook) {
-            return None;
-        }
+    if *is_cold != 0 && !is_tagged::<A>(place)? {
+        return None;
     }
-    // SAFETY: as above.
-    let cached = unsafe { &*cached };
+    let found = match same_at(p, place, place.slot) {
+        None => same_at(p, place, other_slot(place.slot)),
+        found => found,
+    };
+    if *is_cold != found.is_none() as u32 {
+        *is_cold = found.is_none() as u32;
+    }
+    let cached = found?;
     let current =
         if cached.way == way::NOTHING { epoch(nothing_epoch_index(place.hash))? } else { place.epoch };
     let is_current = cached.epoch == current && !is_stale(cached.stamped, p.now, globals::jiffies_per_s());
     if is_current { Some(cached) } else { None }
+}
+
+/// False if both slots of the place have other tags: then they are not worth fetching.
+#[inline(always)]
+fn is_tagged<A: Net>(place: &Place) -> Option<bool> {
+    // SAFETY: bytes of this CPU; those beside them may be another's.
+    let tags = unsafe { &(*A::tags(place.slot)?).of_slot };
+    let has_tag = |slot| tags[Tags::position(slot)] == tag(place.hash);
+    Some(has_tag(place.slot) || has_tag(other_slot(place.slot)))
+}
+
+/// The entry in this slot, if it is of the packet's tuple and hook.
+#[inline(always)]
+fn same_at<A: Net>(p: &Packet<A>, place: &Place, slot: u32) -> Option<&'static CachedFlow<A>> {
+    // SAFETY: an element of this CPU's part; programs of one CPU do not interrupt each other.
+    let cached = unsafe { &*A::cached(slot)? };
+    if is_same(cached, &p.tuple, place.hook) { Some(cached) } else { None }
 }
 
 /// The TCP flags that the flow table takes note of.
@@ -166,16 +185,20 @@ fn note_nothing<A: Net>() -> u32 {
 /// A place for the packet's flow, or for `nothing`, which takes no other's.
 #[inline(always)]
 fn free_slot<A: Net>(p: &Packet<A>, place: &Place, nothing: bool) -> Option<&'static mut CachedFlow<A>> {
-    let mut cached = A::cached(place.slot)?;
-    // SAFETY: as in `find`.
+    let mut slot = place.slot;
+    let mut cached = A::cached(slot)?;
+    // SAFETY: as in `same_at`.
     if is_others(unsafe { &*cached }, p, place.hook, nothing) {
-        cached = A::cached(other_slot(place.slot))?;
-        // SAFETY: as in `find`.
+        slot = other_slot(slot);
+        cached = A::cached(slot)?;
+        // SAFETY: as in `same_at`.
         if is_others(unsafe { &*cached }, p, place.hook, nothing) {
             return None;
         }
     }
     // SAFETY: as in `find`.
+    unsafe { (*A::tags(slot)?).of_slot[Tags::position(slot)] = tag(place.hash) };
+    // SAFETY: as in `same_at`.
     Some(unsafe { &mut *cached })
 }
 

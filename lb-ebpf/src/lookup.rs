@@ -179,6 +179,7 @@ fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) ->
     if frontend.flags & frontend::flags::SOURCE_RANGES != 0 && !is_admitted(p, frontend.service) {
         return Err(Refusal::Drop(Counter::DropSourceRange));
     }
+    metrics::expect_service(frontend.service);
     let hash = select::hash_tuple(&p.tuple, globals::hash_seed());
     let picked = service::pick::<A>(frontend, origin, p.tuple.src, hash, p.now)?;
     let (src, kind) = if origin == Origin::Internal && is_hairpin(&p.tuple, &picked.backend.addr) {

@@ -12,7 +12,7 @@ use lb_common::{
     cidr::ServiceCidrs,
     conntrack::Flow,
     device::{Device, Neighbour},
-    flow_cache::{ALL_EPOCHS, Entry4, Entry6},
+    flow_cache::{ALL_EPOCHS, Entry4, Entry6, Tags},
     fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey, OWN_FRAME_BYTES},
     frontend::{FrontendKey, FrontendValue, ServiceName, ServiceRecord, ServiceStats},
     maps::{Clock, capacity},
@@ -54,6 +54,10 @@ pub static FLOW_EPOCHS: Array<u64, { ALL_EPOCHS as usize }, MMAP> = Array::new()
 pub static FLOW_CACHE4: Array<Entry4, { capacity::FLOW_CACHE as usize }, MMAP> = Array::new();
 #[btf_map]
 pub static FLOW_CACHE6: Array<Entry6, { capacity::FLOW_CACHE as usize / 4 }, MMAP> = Array::new();
+#[btf_map]
+pub static FLOW_TAGS4: Array<Tags, { capacity::FLOW_CACHE as usize / Tags::SLOTS }> = Array::new();
+#[btf_map]
+pub static FLOW_TAGS6: Array<Tags, { capacity::FLOW_CACHE as usize / 4 / Tags::SLOTS }> = Array::new();
 #[btf_map]
 pub static AFFINITY4: LruHashMap<AffinityKey<V4>, AffinityValue, { capacity::AFFINITY as usize }> =
     LruHashMap::new();

@@ -22,6 +22,15 @@ pub fn place_of(service: u32) -> u32 {
     stats_index(cpu, globals::service_records(), service)
 }
 
+/// Begins to fetch the line where a Service's packets will be counted, while others that are as cold are waited for.
+#[inline(always)]
+pub fn expect_service(service: u32) {
+    if let Some(s) = maps::SERVICE_STATS.get_ptr(place_of(service)) {
+        // SAFETY: as in `count_service`; volatile, as nobody uses what is read.
+        unsafe { core::ptr::read_volatile(&raw const (*s).packets) };
+    }
+}
+
 /// Counts translated packets of a Service, by its [`place_of`].
 #[inline(always)]
 pub fn count_service(place: u32, packets: u32, bytes: u32, by_xdp: bool) {

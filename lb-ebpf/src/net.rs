@@ -7,7 +7,7 @@ use lb_common::{
     backend::Backend,
     conntrack::Flow,
     device::Device,
-    flow_cache::CachedFlow,
+    flow_cache::{CachedFlow, Tags},
     fragment::{FragmentKey, FragmentPorts, HeldFrame, HeldKey},
     frontend::{FrontendKey, FrontendValue},
     source::SourceRange,
@@ -39,6 +39,8 @@ pub trait Net: Addr {
     fn remove_flow(key: &Tuple<Self>);
     /// Slot of the flow cache.
     fn cached(index: u32) -> Option<*mut CachedFlow<Self>>;
+    /// The tags of a slot and its neighbours.
+    fn tags(slot: u32) -> Option<*mut Tags>;
     fn affinity(key: &AffinityKey<Self>) -> Option<AffinityValue>;
     fn put_affinity(key: &AffinityKey<Self>, value: &AffinityValue);
     fn fragment(key: &FragmentKey<Self>) -> Option<FragmentPorts>;
@@ -59,7 +61,7 @@ pub trait Net: Addr {
 }
 
 macro_rules! impl_net {
-    ($t:ty, $header:literal, $af:literal, $frontends:ident, $backends:ident, $flows:ident, $cache:ident, $affinity:ident,
+    ($t:ty, $header:literal, $af:literal, $frontends:ident, $backends:ident, $flows:ident, $cache:ident, $tags:ident, $affinity:ident,
      $fragments:ident, $held:ident, $cidrs:ident, $ranges:ident, $scratch:ident, $snat:ident, $none:expr, $unicast:ident) => {
         impl Net for $t {
             const HEADER_BYTES: u32 = $header;
@@ -92,6 +94,10 @@ macro_rules! impl_net {
             fn cached(index: u32) -> Option<*mut CachedFlow<Self>> {
                 // An entry begins with the flow.
                 maps::$cache.get_ptr_mut(index).map(|entry| entry.cast())
+            }
+            #[inline(always)]
+            fn tags(slot: u32) -> Option<*mut Tags> {
+                maps::$tags.get_ptr_mut(Tags::index(slot))
             }
             #[inline(always)]
             fn affinity(key: &AffinityKey<Self>) -> Option<AffinityValue> {
@@ -162,6 +168,7 @@ impl_net!(
     BACKENDS4,
     FLOWS4,
     FLOW_CACHE4,
+    FLOW_TAGS4,
     AFFINITY4,
     FRAGMENTS4,
     HELD4,
@@ -180,6 +187,7 @@ impl_net!(
     BACKENDS6,
     FLOWS6,
     FLOW_CACHE6,
+    FLOW_TAGS6,
     AFFINITY6,
     FRAGMENTS6,
     HELD6,
@@ -226,6 +234,8 @@ pub struct Scratch<A> {
     pub via: NextHop,
     /// The packet's place in the flow cache.
     pub place: Place,
+    /// 1 if the flow cache did not know the last packet that asked it.
+    pub is_cold: u32,
     /// Packets so far that were none of ours: see [`cache::fill_nothing`].
     pub others: u32,
     /// What `tc::transit` wants told to the sender, when it returns [`crate::tc::ANSWER`].

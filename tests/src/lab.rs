@@ -129,8 +129,6 @@ impl Lab {
             .override_global(global::SERVICE_RECORDS, &records, true)
             .map_max_entries(name::SERVICE_STATS, records * cpus)
             .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
-            .map_max_entries(name::FLOW_CACHE4, (cache_slots * cpus).max(4))
-            .map_max_entries(name::FLOW_CACHE6, (cache_slots * cpus).max(4) / 4)
             .override_global(global::LOG_LEVEL, &0u8, true)
             .override_global(global::SNAT_PORT_FIRST, &options.snat_ports.0, true)
             .override_global(global::SNAT_PORT_LAST, &options.snat_ports.1, true)
@@ -138,6 +136,9 @@ impl Lab {
             .override_global(global::MASQUERADE_ALL, &masquerade_all, true)
             .map_max_entries(name::FLOWS4, options.flow_entries)
             .map_max_entries(name::FLOWS6, options.flow_entries);
+        for (map, entries) in flow_cache::lengths(cache_slots, cpus) {
+            loader.map_max_entries(map, entries);
+        }
         for (map, entries) in [
             (name::FRONTENDS4, 1024),
             (name::FRONTENDS6, 1024),

@@ -108,11 +108,8 @@ pub fn load(object: &Object, state: &StateDir, settings: &Settings) -> Result<Pr
         .override_global(global::SERVICE_RECORDS, &settings.capacities.services, true)
         .override_global(global::FLOW_CACHE_SLOTS, &cache_slots, true)
         .override_global(global::LOG_LEVEL, &log_level, true);
-    // A map has one entry at least.
-    let cached = (cache_slots * cpus).max(4);
-    loader.map_max_entries(name::FLOW_CACHE4, cached).map_max_entries(name::FLOW_CACHE6, cached / 4);
     let sizes = max_entries(&settings.capacities, cpus);
-    for (map, entries) in &sizes {
+    for (map, entries) in sizes.iter().chain(&flow_cache::lengths(cache_slots, cpus)) {
         loader.map_max_entries(map, *entries);
     }
     for map in name::ALL {
