@@ -64,22 +64,28 @@ impl Place {
     }
 }
 
+/// After a packet that the cache does not know, as many that it knows are looked up by their tags first.
+const COLD_PACKETS: u32 = 8;
+
 /// What is known about the packet's flow, if that is all there is to know: a packet with news has to be seen by the table.
 #[inline(always)]
-pub fn find<A: Net>(p: &Packet<A>, place: &Place, is_cold: &mut u32) -> Option<&'static CachedFlow<A>> {
+pub fn find<A: Net>(p: &Packet<A>, place: &Place, cold: &mut u32) -> Option<&'static CachedFlow<A>> {
     // Whoever opens a flow touches enough cold memory as it is.
     if globals::flow_cache_slots() == 0 || news(p) & !tcp::ACK != 0 {
         return None;
     }
-    if *is_cold != 0 && !is_tagged::<A>(place)? {
+    if *cold != 0 && !is_tagged::<A>(place)? {
+        *cold = COLD_PACKETS;
         return None;
     }
     let found = match same_at(p, place, place.slot) {
         None => same_at(p, place, other_slot(place.slot)),
         found => found,
     };
-    if *is_cold != found.is_none() as u32 {
-        *is_cold = found.is_none() as u32;
+    if found.is_none() {
+        *cold = COLD_PACKETS;
+    } else if *cold != 0 {
+        *cold -= 1;
     }
     let cached = found?;
     let current =

@@ -234,8 +234,8 @@ pub struct Scratch<A> {
     pub via: NextHop,
     /// The packet's place in the flow cache.
     pub place: Place,
-    /// 1 if the flow cache did not know the last packet that asked it.
-    pub is_cold: u32,
+    /// Packets that look at their tag before they fetch an entry of the flow cache: see [`cache::find`].
+    pub cold: u32,
     /// Packets so far that were none of ours: see [`cache::fill_nothing`].
     pub others: u32,
     /// What `tc::transit` wants told to the sender, when it returns [`crate::tc::ANSWER`].

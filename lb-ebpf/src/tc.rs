@@ -202,13 +202,13 @@ fn on_egress<A: Family>(skb: Skb, l3: u32, is_read: bool) -> Outcome {
 #[inline(always)]
 fn noted<A: Family>(skb: Skb, hook: u8) -> i32 {
     let frame = Frame::of_skb(skb);
-    let Some(Scratch { packet: p, place, is_cold, .. }) = A::scratch() else { return NOT_PLAIN };
+    let Some(Scratch { packet: p, place, cold, .. }) = A::scratch() else { return NOT_PLAIN };
     if !frame::parse(frame, p) {
         return NOT_PLAIN;
     }
     p.now = conntrack::now();
     *place = Place::of(p, hook);
-    match cache::find(p, place, is_cold) {
+    match cache::find(p, place, cold) {
         None => LONG_WAY,
         Some(cached) if cached.way == way::NOTHING => NEXT,
         Some(cached) => send_noted(skb, frame, p, cached),

@@ -61,7 +61,7 @@ pub fn run(ctx: &XdpContext) -> u32 {
 #[inline(always)]
 fn on_frame<A: Wire>(ctx: *mut xdp_md) -> u32 {
     let frame = Frame::of(ctx);
-    let Some(Scratch { packet: p, place, is_cold, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
+    let Some(Scratch { packet: p, place, cold, .. }) = A::scratch() else { return xdp_action::XDP_PASS };
     // SAFETY: the context of the running program.
     p.ifindex = unsafe { (*ctx).ingress_ifindex };
     if !frame::parse(frame, p) {
@@ -69,7 +69,7 @@ fn on_frame<A: Wire>(ctx: *mut xdp_md) -> u32 {
     }
     p.now = conntrack::now();
     *place = Place::of(p, hook::XDP);
-    if let Some(cached) = cache::find(p, place, is_cold)
+    if let Some(cached) = cache::find(p, place, cold)
         && let Some(action) = send_cached(frame, p, cached)
     {
         return action;
