@@ -344,7 +344,7 @@ impl Lab {
         }
     }
 
-    /// Sets flags on every client's entry of the flow tables.
+    /// Sets flags on every client's entry of the flow tables, as the agent does: caches do not believe what they noted before.
     pub fn flag_flows(&mut self, flags: u16) -> Result<()> {
         fn flag<A: Addr>(lab: &mut Lab, map: &str, flags: u16) -> Result<()>
         where
@@ -359,7 +359,8 @@ impl Lab {
             Ok(())
         }
         flag::<V4>(self, name::FLOWS4, flags)?;
-        flag::<V6>(self, name::FLOWS6, flags)
+        flag::<V6>(self, name::FLOWS6, flags)?;
+        self.renew_epochs()
     }
 
     pub fn member(&mut self, service: u32, backend: u32, bits: u32) -> Result<()> {

@@ -286,7 +286,6 @@ fn j2_a_reset_is_not_kept_back_by_the_cache() -> Result<()> {
         let frame = tcp(ACK, (n.client, 40_000), (n.vip, 80)).bytes();
         open(&lab, ext, &frame)?;
         lab.flag_flows(flags::GONE)?;
-        lab.renew_epochs()?;
         let (action, out) = lab.run(Hook::Xdp, ext, &frame)?;
         assert_eq!(action, Action::Pass);
         assert_frame("left to tc, which resets", &out, &frame);

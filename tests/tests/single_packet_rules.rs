@@ -255,6 +255,8 @@ fn j2_clients_of_a_gone_backend_get_a_reset() -> Result<()> {
             lab.frontend(vip, proto::TCP, service, 0)?;
             let client = (n.client, 40_000);
             lab.run(Hook::Ingress, ext, &tcp(SYN, client, vip).bytes())?;
+            // A later tick: the flow is noted in the cache.
+            std::thread::sleep(std::time::Duration::from_millis(20));
             let data = tcp(ACK, client, vip);
             assert_ne!(lab.run(Hook::Ingress, ext, &data.bytes())?.0, Action::Drop);
             lab.flag_flows(conntrack::flags::GONE)?;
