@@ -202,7 +202,7 @@ fn free_slot<A: Net>(p: &Packet<A>, place: &Place, nothing: bool) -> Option<&'st
             return None;
         }
     }
-    // SAFETY: as in `find`.
+    // SAFETY: as in `is_tagged`.
     unsafe { (*A::tags(slot)?).of_slot[Tags::position(slot)] = tag(place.hash) };
     // SAFETY: as in `same_at`.
     Some(unsafe { &mut *cached })

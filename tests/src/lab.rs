@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd as _, OwnedFd},
     process::Command,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -34,6 +35,9 @@ use lb_common::{
     tuple::Tuple,
     verdict::Counter,
 };
+
+/// Some ticks of the kernel: a flow is cached from the tick after its first packet on.
+pub const TICKS: Duration = Duration::from_millis(40);
 
 /// Which program to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -490,6 +494,17 @@ impl Lab {
         }
         clear::<V4>(self, name::FLOWS4)?;
         clear::<V6>(self, name::FLOWS6)
+    }
+
+    /// Takes the tags of the flow cache away, and leaves its entries.
+    pub fn clear_flow_tags(&mut self) -> Result<()> {
+        for map in [name::FLOW_TAGS4, name::FLOW_TAGS6] {
+            let mut tags = self.array::<flow_cache::Tags>(map);
+            for i in 0..tags.len() {
+                tags.set(i, flow_cache::Tags::default(), 0)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes the last packet of the stack to every neighbour one of long ago.

@@ -1,18 +1,16 @@
 //! What the programs remember about flows for a second: nothing that it does differs from what the tables say. Needs root.
 
-use std::{net::IpAddr, process::Command, thread::sleep, time::Duration};
+use std::{net::IpAddr, process::Command, thread::sleep};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::util::nr_cpus;
 use lb_common::{conntrack::flags, proto};
 use lb_tests::{
     frame::Frame,
-    lab::{Action, Dev, Hook, Lab, OneCpu, Options, ip},
+    lab::{Action, Dev, Hook, Lab, OneCpu, Options, TICKS, ip},
     packets::{ACK, FIN_ACK, Net, SYN, SYN_ACK, assert_frame, external, nets, one_backend, tcp, udp},
 };
 
-/// Some ticks of the kernel: a flow is cached from the tick after its first packet on.
-const TICKS: Duration = Duration::from_millis(40);
 /// A second that lasts longer than any test, and one that is over in ticks.
 const LONG: u32 = 1 << 28;
 const SHORT: u32 = 2;
@@ -249,6 +247,25 @@ fn noted_packets_leave_for_the_router() -> Result<()> {
             // As `packets::external` makes the router.
             assert_eq!(out[..12], [&[2, 0, 0, 0, 0, 0xee][..], &own].concat());
         }
+    }
+    Ok(())
+}
+
+/// A tag costs a read, so only packets behind one that the cache did not know look at theirs: the next eight.
+#[test]
+fn tags_are_asked_after_a_packet_that_the_cache_did_not_know() -> Result<()> {
+    for n in nets() {
+        let (mut lab, ext, _cpu) = lab(1024)?;
+        one_backend(&mut lab, n, (n.pod, 8080), true)?;
+        let known = udp((n.client, 40_000), (n.vip, 80)).bytes();
+        let translated = open(&lab, ext, &known)?;
+        for _ in 0..8 {
+            lab.run(Hook::Xdp, ext, &known)?;
+        }
+        lab.clear_flow_tags()?;
+        ensure!(is_cached(Hook::Xdp, &mut lab, ext, &known, &translated)?, "asked for its tag");
+        lab.run(Hook::Xdp, ext, &udp((n.client, 40_001), (n.vip, 80)).bytes())?;
+        ensure!(!is_cached(Hook::Xdp, &mut lab, ext, &known, &translated)?, "not asked for its tag");
     }
     Ok(())
 }

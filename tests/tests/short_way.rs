@@ -12,8 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bed::{
-    BACKEND_PORT, Bed, TICKS, Way, assert_packet, check_at, finish, l4_at, l4_bytes, pseudo, put, sum,
-    unfinished,
+    BACKEND_PORT, Bed, Way, assert_packet, check_at, finish, l4_at, l4_bytes, pseudo, put, sum, unfinished,
 };
 use lb_common::proto;
 use lb_tests::{
@@ -22,7 +21,7 @@ use lb_tests::{
         sys::{self, MapType, ProgType},
     },
     frame::{Frame, L4, NODE_MAC},
-    lab::{Action, Dev, Hook, ifindex, ip},
+    lab::{Action, Dev, Hook, TICKS, ifindex, ip},
     packets::{ACK, Net, assert_frame, nets, tcp, udp},
     vnet::Header,
 };

@@ -4,7 +4,7 @@ use anyhow::Result;
 use lb_common::{cidr, conntrack, device, frontend::flags, proto};
 use lb_tests::{
     frame::{Fragment, Frame, IcmpError, L4, crc32c, icmp_error},
-    lab::{Action, Hook, Lab, Options},
+    lab::{Action, Hook, Lab, Options, TICKS},
     packets::{ACK, Net, RST, SYN, SYN_ACK, assert_frame, external, nets, one_backend, tcp, udp},
 };
 
@@ -256,7 +256,7 @@ fn j2_clients_of_a_gone_backend_get_a_reset() -> Result<()> {
             let client = (n.client, 40_000);
             lab.run(Hook::Ingress, ext, &tcp(SYN, client, vip).bytes())?;
             // A later tick: the flow is noted in the cache.
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(TICKS);
             let data = tcp(ACK, client, vip);
             assert_ne!(lab.run(Hook::Ingress, ext, &data.bytes())?.0, Action::Drop);
             lab.flag_flows(conntrack::flags::GONE)?;

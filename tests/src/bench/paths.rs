@@ -4,7 +4,6 @@ use std::{
     collections::HashSet,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     thread,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -21,12 +20,9 @@ use super::{
 };
 use crate::{
     frame::L4,
-    lab::{Hook, Lab, OneCpu},
+    lab::{Hook, Lab, OneCpu, TICKS},
     packets::ACK,
 };
-
-/// A few of the kernel's.
-const TICKS: Duration = Duration::from_millis(40);
 
 /// enum bpf_func_id.
 const MAP_LOOKUP: usize = 1;

@@ -11,13 +11,11 @@ use anyhow::{Context as _, Result};
 use lb_tests::{
     bench::sys,
     frame::{Frame, L4},
-    lab::{Dev, Hook, Lab, OneCpu, Options, ifindex, ip},
+    lab::{Dev, Hook, Lab, OneCpu, Options, TICKS, ifindex, ip},
     packets::{ACK, Net, assert_frame, external, one_backend, tcp, udp},
     vnet::{Header, Port},
 };
 
-/// Some ticks of the kernel: a flow is cached from the tick after its first packet on.
-pub const TICKS: Duration = Duration::from_millis(40);
 /// In ticks: longer than any test.
 const LONG: u32 = 1 << 28;
 const SOON: Duration = Duration::from_secs(5);
