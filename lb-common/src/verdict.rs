@@ -28,6 +28,17 @@ macro_rules! counters {
             pub const ALL: &'static [(Self, &'static str)] = &[$((Self::$variant, $name)),+];
             /// Number of counters.
             pub const COUNT: u32 = Self::ALL.len() as u32;
+
+            /// The counter with this index.
+            #[inline(always)]
+            pub const fn from_index(index: u32) -> Option<Self> {
+                if index < Self::COUNT {
+                    // SAFETY: every number below is one of them (asserted beside the list).
+                    Some(unsafe { core::mem::transmute::<u32, Self>(index) })
+                } else {
+                    None
+                }
+            }
         }
     };
 }
@@ -91,14 +102,23 @@ counters! {
     FragmentReleased = 27, "fragment_released";
 }
 
+// What `Counter::from_index` relies on.
+const _: () = {
+    let mut i = 0;
+    while i < Counter::ALL.len() {
+        assert!(Counter::ALL[i].0 as usize == i, "counters are numbered from 0, in order");
+        i += 1;
+    }
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn every_counter_is_listed_at_its_own_index() {
-        for (i, (c, _)) in Counter::ALL.iter().enumerate() {
-            assert_eq!(*c as usize, i);
-        }
+    fn counters_are_found_by_their_index() {
+        assert_eq!(Counter::from_index(7), Some(Counter::DropFlowTableFull));
+        assert_eq!(Counter::from_index(27), Some(Counter::FragmentReleased));
+        assert_eq!(Counter::from_index(28), None);
     }
 }

@@ -11,6 +11,7 @@ use lb_common::{
 use crate::{
     cache, globals,
     net::{ANY, NOEXIST, Net, Scratch},
+    once::Once,
 };
 
 const EEXIST: i32 = -17;
@@ -66,61 +67,34 @@ pub fn make_way<A: Net>(key: &Tuple<A>, flow: *mut Flow<A>) -> bool {
     over
 }
 
-/// Creates both entries of a flow and leaves the client-side one in `flow`.
+/// Creates both entries of the flow `opened` in the scratch memory, under `key` and under the tuple of its answers.
 ///
-/// `flow` comes with the rewritten tuple of the client's packets and its flags. With `any_port` its source port is
+/// It comes with the rewritten tuple of the client's packets and its flags. With `any_port` its source port is
 /// chosen here; otherwise it is kept, unless the answers would then be those of another flow: two frontends with a
 /// common backend, and a client that uses one source port for both. Another CPU may open the same flow at the same
-/// time: then `flow` is what that one made.
+/// time: then it is what that one made.
 #[inline(always)]
-pub fn open<A: Net>(
-    key: &Tuple<A>,
-    flow: &mut Flow<A>,
-    reply_flags: u16,
-    any_port: bool,
-    hash: u32,
-) -> Result<(), Counter> {
-    let Some(Scratch { reply, reply_key, .. }) = A::scratch() else { return Err(Counter::DropBadMap) };
-    *reply = Flow {
-        src: key.dst,
-        dst: key.src,
-        sport: key.dport,
-        dport: key.sport,
-        flags: reply_flags,
-        tcp_seen: 0,
-        ..*flow
-    };
-
-    *reply_key = flow.rewritten(key.proto).reversed();
-    let mut inserted = false;
+pub fn open<A: Once>(key: &Tuple<A>, reply_flags: u16, any_port: bool, hash: u32) -> Result<(), Counter> {
+    prepare_reply(key, reply_flags)?;
+    let mut tried = tried::TAKEN;
     for attempt in 0..nat::PORT_TRIES {
-        if any_port || attempt > 0 {
-            let port = Be16::new(globals::snat_ports().candidate(hash, attempt));
-            reply_key.dport = port;
-            flow.sport = port;
-        }
-        match A::put_flow(reply_key, reply, NOEXIST) {
-            Ok(()) => {
-                inserted = true;
-                break;
-            }
-            Err(EEXIST) if is_same(reply_key, reply) => {
-                // Made by another CPU a moment ago, or left over from a flow that was just expired.
-                inserted = A::put_flow(reply_key, reply, ANY).is_ok();
-                break;
-            }
-            // The client's own port: it knows that its old connection is over.
-            Err(EEXIST) if attempt == 0 && !any_port && take_over(reply_key, reply, 0) => {
-                inserted = true;
-                break;
-            }
-            Err(EEXIST) => {}
-            Err(_) => return Err(Counter::DropFlowTableFull),
+        let keeps = attempt == 0 && !any_port;
+        let port = if keeps { OWN_PORT } else { globals::snat_ports().candidate(hash, attempt) as u32 };
+        tried = A::take_port(port);
+        if tried != tried::TAKEN {
+            break;
         }
     }
-    // Every port that was tried is taken: one whose connection has ended will do (the last one tried).
-    if !inserted && !take_over(reply_key, reply, TIME_WAIT_S) {
-        return Err(Counter::DropSnatExhausted);
+    // Afresh: `take_port` has written here.
+    let Some(Scratch { opened: flow, reply, reply_key, .. }) = A::scratch() else {
+        return Err(Counter::DropBadMap);
+    };
+    match tried {
+        tried::MINE => {}
+        // Every port that was tried is taken: one whose connection has ended will do (the last one tried).
+        tried::TAKEN if take_over(reply_key, reply, TIME_WAIT_S) => {}
+        tried::TAKEN => return Err(Counter::DropSnatExhausted),
+        _ => return Err(Counter::DropFlowTableFull),
     }
     // Before anybody may use the flow: another CPU does as soon as it finds the entry.
     cache::renew_nothing(reply_key);
@@ -131,6 +105,52 @@ pub fn open<A: Net>(
             A::remove_flow(reply_key);
             Err(Counter::DropFlowTableFull)
         }
+    }
+}
+
+/// The answers' entry of the flow `opened`, in the scratch memory.
+#[inline(always)]
+fn prepare_reply<A: Net>(key: &Tuple<A>, flags: u16) -> Result<(), Counter> {
+    let Some(Scratch { opened: flow, reply, reply_key, .. }) = A::scratch() else {
+        return Err(Counter::DropBadMap);
+    };
+    *reply =
+        Flow { src: key.dst, dst: key.src, sport: key.dport, dport: key.sport, flags, tcp_seen: 0, ..*flow };
+    *reply_key = flow.rewritten(key.proto).reversed();
+    Ok(())
+}
+
+/// What became of [`take_port`].
+mod tried {
+    pub const MINE: u32 = 0;
+    pub const TAKEN: u32 = 1;
+    /// No room in the table.
+    pub const FULL: u32 = 2;
+}
+
+/// The port that the flow has, for [`take_port`].
+const OWN_PORT: u32 = u32::MAX;
+
+/// Gives the flow in the scratch memory this source port, and enters its answers: who does so first has the port.
+#[inline(always)]
+pub fn take_port<A: Net>(port: u32) -> u32 {
+    let Some(Scratch { opened: flow, reply, reply_key, .. }) = A::scratch() else { return tried::FULL };
+    if port != OWN_PORT {
+        let port = Be16::new(port as u16);
+        reply_key.dport = port;
+        flow.sport = port;
+    }
+    match A::put_flow(reply_key, reply, NOEXIST) {
+        Ok(()) => tried::MINE,
+        // Made by another CPU a moment ago, or left over from a flow that was just expired.
+        Err(EEXIST) if is_same(reply_key, reply) => match A::put_flow(reply_key, reply, ANY) {
+            Ok(()) => tried::MINE,
+            Err(_) => tried::FULL,
+        },
+        // The client's own port: it knows that its old connection is over.
+        Err(EEXIST) if port == OWN_PORT && take_over(reply_key, reply, 0) => tried::MINE,
+        Err(EEXIST) => tried::TAKEN,
+        Err(_) => tried::FULL,
     }
 }
 

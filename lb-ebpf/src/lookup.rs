@@ -2,6 +2,7 @@
 
 use core::ffi::c_void;
 
+use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use lb_common::{
     conntrack::{Flow, flags, tcp},
     device,
@@ -14,15 +15,16 @@ use lb_common::{
 use crate::{
     conntrack, forward, globals, maps, metrics,
     net::{Addressee, Net, Packet},
+    once::Once,
     service::{self, Refusal},
     trace::{self, Printed},
 };
 
-/// Who asks.
+/// Who asks, with the context of the program.
 #[derive(Clone, Copy)]
 pub enum Hook {
-    Xdp,
-    Classifier,
+    Xdp(*mut xdp_md),
+    Classifier(*mut __sk_buff),
 }
 
 /// What the tables say about a packet.
@@ -42,9 +44,9 @@ pub enum Found<A> {
 ///
 /// A SYN goes to the frontend first: most are new, and those of other traffic end at one miss.
 #[inline(always)]
-pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>, hook: Hook) -> Found<A> {
+pub fn ingress<A: Printed + Once>(p: &Packet<A>, hook: Hook) -> Found<A> {
     if p.is_syn() {
-        return syn(ctx, p, hook);
+        return syn(p, hook);
     }
     if let Some(flow) = A::flow(&p.tuple) {
         // SAFETY: a map value, valid for the program's run.
@@ -57,13 +59,13 @@ pub fn ingress<A: Printed>(ctx: *mut c_void, p: &Packet<A>, hook: Hook) -> Found
     match A::frontend(&p.frontend_key()) {
         // What ends a connection that nobody knows opens none: strays would fill the table.
         Some(_) if p.is_end() => opened(stray(p)),
-        Some(frontend) => opened(open(ctx, p, bytemuck::cast(frontend))),
+        Some(frontend) => opened(open_at::<A>(hook, frontend)),
         None => no_frontend(p, hook),
     }
 }
 
 #[inline(always)]
-fn syn<A: Printed>(ctx: *mut c_void, p: &Packet<A>, hook: Hook) -> Found<A> {
+fn syn<A: Printed + Once>(p: &Packet<A>, hook: Hook) -> Found<A> {
     let Some(frontend) = A::frontend(&p.frontend_key()) else { return no_frontend(p, hook) };
     if let Some(flow) = A::flow(&p.tuple)
         && !conntrack::make_way(&p.tuple, flow)
@@ -78,7 +80,7 @@ fn syn<A: Printed>(ctx: *mut c_void, p: &Packet<A>, hook: Hook) -> Found<A> {
         conntrack::refresh(flow, p.tcp_flags, p.now);
         return Found::Flow(flow);
     }
-    opened(open(ctx, p, bytemuck::cast(frontend)))
+    opened(open_at::<A>(hook, frontend))
 }
 
 /// A packet that is not of a flow and has no frontend: mostly other traffic. Rule C7 is the classifier's to enforce, which
@@ -86,8 +88,8 @@ fn syn<A: Printed>(ctx: *mut c_void, p: &Packet<A>, hook: Hook) -> Found<A> {
 #[inline(always)]
 fn no_frontend<A: Printed>(p: &Packet<A>, hook: Hook) -> Found<A> {
     match hook {
-        Hook::Xdp => Found::Nothing,
-        Hook::Classifier => opened(unlisted(p)),
+        Hook::Xdp(_) => Found::Nothing,
+        Hook::Classifier(_) => opened(unlisted(p)),
     }
 }
 
@@ -159,18 +161,29 @@ fn stray<A: Net>(p: &Packet<A>) -> Opened {
     })
 }
 
-/// Opens a flow. A function of its own in the object: packets of established flows have no use for its code in the
-/// cache. Takes scalars and pointers only, as calls in the object do: hence `frontend` as an integer.
-#[inline(never)]
-fn open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: u64) -> Opened {
-    match try_open(ctx, p, bytemuck::cast(frontend)) {
-        Ok(()) => Opened::Done,
-        Err(refusal) => Opened::Refused(refusal),
+/// Opens a flow for the packet in the scratch memory. A function of its own in the object: packets of established flows have no
+/// use for its code in the cache.
+#[inline(always)]
+fn open_at<A: Once>(hook: Hook, frontend: FrontendValue) -> Opened {
+    let frontend = bytemuck::cast(frontend);
+    let code = match hook {
+        Hook::Xdp(ctx) => A::open_at_xdp(ctx, frontend),
+        Hook::Classifier(skb) => A::open_at_tc(skb, frontend),
+    };
+    if code == Refusal::NONE { Opened::Done } else { Opened::Refused(Refusal::of_code(code)) }
+}
+
+/// Opens a flow, and says whether ([`Refusal::NONE`]) or why not ([`Refusal::code`]).
+#[inline(always)]
+pub fn open<A: Once>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) -> u32 {
+    match try_open(ctx, p, frontend) {
+        Ok(()) => Refusal::NONE,
+        Err(refusal) => refusal.code(),
     }
 }
 
 #[inline(always)]
-fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) -> Result<(), Refusal> {
+fn try_open<A: Once>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) -> Result<(), Refusal> {
     let origin = origin(p).ok_or(Refusal::NotOurs)?;
     if frontend.flags & frontend::flags::LOOPBACK != 0 {
         return Err(Refusal::NotOurs);
@@ -196,8 +209,7 @@ fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) ->
     } else {
         (p.tuple.src, 0)
     };
-    let flow = &mut A::scratch().ok_or(Refusal::Drop(Counter::DropBadMap))?.opened;
-    *flow = Flow {
+    A::scratch().ok_or(Refusal::Drop(Counter::DropBadMap))?.opened = Flow {
         src,
         dst: picked.backend.addr,
         sport: p.tuple.sport,
@@ -210,7 +222,7 @@ fn try_open<A: Net>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) ->
         last_seen: p.now,
         created: p.now,
     };
-    conntrack::open(&p.tuple, flow, conntrack::reply_flags(kind), kind != 0, hash).map_err(Refusal::Drop)?;
+    conntrack::open(&p.tuple, conntrack::reply_flags(kind), kind != 0, hash).map_err(Refusal::Drop)?;
     metrics::count(Counter::FlowCreated);
     metrics::count_connection(frontend.service);
     Ok(())

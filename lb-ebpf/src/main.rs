@@ -14,6 +14,7 @@ mod lookup;
 mod maps;
 mod metrics;
 mod net;
+mod once;
 mod parse;
 mod reset;
 mod rewrite;

@@ -31,6 +31,34 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// What stands for no refusal among the [codes](Self::code).
+    pub const NONE: u32 = u32::MAX;
+    const REJECT: u32 = Counter::COUNT;
+    const REJECT_UNLISTED: u32 = Counter::COUNT + 1;
+    const NOT_OURS: u32 = Counter::COUNT + 2;
+
+    /// As a number: the index of the counter, or one behind those.
+    #[inline(always)]
+    pub const fn code(self) -> u32 {
+        match self {
+            Self::Drop(counter) => counter as u32,
+            Self::Reject => Self::REJECT,
+            Self::RejectUnlisted => Self::REJECT_UNLISTED,
+            Self::NotOurs => Self::NOT_OURS,
+        }
+    }
+
+    /// That with this [code](Self::code).
+    #[inline(always)]
+    pub const fn of_code(code: u32) -> Self {
+        match (code, Counter::from_index(code)) {
+            (_, Some(counter)) => Self::Drop(counter),
+            (Self::REJECT, _) => Self::Reject,
+            (Self::REJECT_UNLISTED, _) => Self::RejectUnlisted,
+            _ => Self::NotOurs,
+        }
+    }
+
     /// Where it is counted.
     #[inline(always)]
     pub const fn counter(self) -> Counter {

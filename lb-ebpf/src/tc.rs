@@ -20,6 +20,7 @@ use crate::{
     lookup::{self, Found, Hook},
     metrics,
     net::{Packet, Scratch},
+    once::Once,
     parse::{ETHERNET_BYTES, Parse, Parsed, behind_tag, ethertype},
     reset,
     rewrite::{Header, rewrite},
@@ -42,7 +43,7 @@ const NOT_PLAIN: i32 = i32::MIN + 2;
 pub type Outcome = Result<i32, Counter>;
 
 /// All that the classifiers need of a family.
-pub trait Family: Parse + Plain + Header + icmp::Build + Printed {}
+pub trait Family: Parse + Plain + Header + icmp::Build + Printed + Once {}
 impl Family for V4 {}
 impl Family for V6 {}
 
@@ -146,7 +147,7 @@ fn on_ingress<A: Family>(skb: Skb, l3: u32, is_read: bool) -> Outcome {
         Parsed::Other => return Ok(NEXT),
     }
     p.wire_bytes = wire_bytes(skb, p);
-    match lookup::ingress(skb.ctx(), p, Hook::Classifier) {
+    match lookup::ingress(p, Hook::Classifier(skb.0)) {
         Found::Nothing => {
             cache::fill_nothing(p);
             Ok(NEXT)
@@ -300,7 +301,7 @@ fn send_on<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> Outcome {
         return Ok(reset::answer(skb, p));
     }
     if flow.flags & flags::TRANSIT != 0 {
-        return match (transit(skb, p, flow), A::scratch()) {
+        return match (A::transit(skb.0, flow), A::scratch()) {
             (ANSWER, Some(Scratch { error, .. })) => Ok(icmp::answer(skb, p, *error)),
             (code, _) => Ok(code),
         };
@@ -332,9 +333,9 @@ pub fn back_out(skb: Skb) -> Outcome {
     Ok(unsafe { bpf_redirect(skb.ifindex(), 0) } as i32)
 }
 
-/// To another node, or back from there to the client, past the stack. Not inlined: see `lookup::open`.
-#[inline(never)]
-fn transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> i32 {
+/// To another node, or back from there to the client, past the stack.
+#[inline(always)]
+pub fn transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> i32 {
     action(on_transit(skb, p, flow))
 }
 

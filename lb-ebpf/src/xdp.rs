@@ -24,12 +24,13 @@ use crate::{
     lookup::{self, Found, Hook},
     maps, metrics,
     net::{Addressee, Packet, Scratch},
+    once::Once,
     parse::ethertype,
     trace::Printed,
 };
 
 /// What XDP does with each family.
-trait Wire: Plain + Printed {
+trait Wire: Plain + Printed + Once {
     /// What the cache has nothing to say about.
     fn long_way(ctx: *mut xdp_md) -> u32;
 }
@@ -96,7 +97,7 @@ fn by_tables<A: Wire>(frame: Frame) -> u32 {
     p.addressee.kind = Addressee::ASK_MAC;
     let Some(mac) = frame.read::<[u16; 3]>(0) else { return xdp_action::XDP_PASS };
     p.addressee.mac = bytemuck::cast(mac);
-    match lookup::ingress(frame.ctx, p, Hook::Xdp) {
+    match lookup::ingress(p, Hook::Xdp(frame.ctx.cast())) {
         // SAFETY: see `Found::Flow`.
         Found::Flow(flow) => send_on(frame, p, unsafe { &*flow }).unwrap_or(xdp_action::XDP_PASS),
         Found::Nothing => {
