@@ -33,7 +33,8 @@ macro_rules! counters {
             #[inline(always)]
             pub const fn from_index(index: u32) -> Option<Self> {
                 if index < Self::COUNT {
-                    // SAFETY: every number below is one of them (asserted beside the list).
+                    // SAFETY: each number below `COUNT` is one of a counter (asserted beside the list). A table would be a
+                    // map of the object.
                     Some(unsafe { core::mem::transmute::<u32, Self>(index) })
                 } else {
                     None
@@ -117,8 +118,10 @@ mod tests {
 
     #[test]
     fn counters_are_found_by_their_index() {
-        assert_eq!(Counter::from_index(7), Some(Counter::DropFlowTableFull));
-        assert_eq!(Counter::from_index(27), Some(Counter::FragmentReleased));
-        assert_eq!(Counter::from_index(28), None);
+        for (counter, _) in Counter::ALL {
+            assert_eq!(Counter::from_index(*counter as u32), Some(*counter));
+        }
+        assert_eq!(Counter::from_index(Counter::COUNT), None);
+        assert_eq!(Counter::from_index(u32::MAX), None);
     }
 }

@@ -69,19 +69,19 @@ pub fn make_way<A: Net>(key: &Tuple<A>, flow: *mut Flow<A>) -> bool {
 
 /// Creates both entries of the flow `opened` in the scratch memory, under `key` and under the tuple of its answers.
 ///
-/// It comes with the rewritten tuple of the client's packets and its flags. With `any_port` its source port is
+/// `opened` comes with the rewritten tuple of the client's packets and its flags. With `any_port` its source port is
 /// chosen here; otherwise it is kept, unless the answers would then be those of another flow: two frontends with a
 /// common backend, and a client that uses one source port for both. Another CPU may open the same flow at the same
-/// time: then it is what that one made.
+/// time: then `opened` becomes what that one made.
 #[inline(always)]
 pub fn open<A: Once>(key: &Tuple<A>, reply_flags: u16, any_port: bool, hash: u32) -> Result<(), Counter> {
     prepare_reply(key, reply_flags)?;
-    let mut tried = tried::TAKEN;
+    let mut outcome = tried::TAKEN;
     for attempt in 0..nat::PORT_TRIES {
         let keeps = attempt == 0 && !any_port;
         let port = if keeps { OWN_PORT } else { globals::snat_ports().candidate(hash, attempt) as u32 };
-        tried = A::take_port(port);
-        if tried != tried::TAKEN {
+        outcome = A::take_port(port);
+        if outcome != tried::TAKEN {
             break;
         }
     }
@@ -89,7 +89,7 @@ pub fn open<A: Once>(key: &Tuple<A>, reply_flags: u16, any_port: bool, hash: u32
     let Some(Scratch { opened: flow, reply, reply_key, .. }) = A::scratch() else {
         return Err(Counter::DropBadMap);
     };
-    match tried {
+    match outcome {
         tried::MINE => {}
         // Every port that was tried is taken: one whose connection has ended will do (the last one tried).
         tried::TAKEN if take_over(reply_key, reply, TIME_WAIT_S) => {}
@@ -132,6 +132,7 @@ mod tried {
 const OWN_PORT: u32 = u32::MAX;
 
 /// Gives the flow in the scratch memory this source port, and enters its answers: who does so first has the port.
+/// Returns one of [`tried`].
 #[inline(always)]
 pub fn take_port<A: Net>(port: u32) -> u32 {
     let Some(Scratch { opened: flow, reply, reply_key, .. }) = A::scratch() else { return tried::FULL };

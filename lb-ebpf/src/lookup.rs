@@ -127,7 +127,7 @@ pub fn egress<A: Net>(p: &Packet<A>) -> Option<*const Flow<A>> {
     Some(flow)
 }
 
-/// What [`open`] did. Fits a register: functions of the object return nothing larger.
+/// What [`open_at`] or [`unlisted`] did. Fits a register: functions of the object return nothing larger.
 enum Opened {
     /// The flow is in the scratch memory.
     Done,
@@ -161,23 +161,25 @@ fn stray<A: Net>(p: &Packet<A>) -> Opened {
     })
 }
 
-/// Opens a flow for the packet in the scratch memory. A function of its own in the object: packets of established flows have no
-/// use for its code in the cache.
+/// Opens a flow for the packet in the scratch memory.
 #[inline(always)]
 fn open_at<A: Once>(hook: Hook, frontend: FrontendValue) -> Opened {
-    let frontend = bytemuck::cast(frontend);
+    let frontend: u64 = bytemuck::cast(frontend);
     let code = match hook {
-        Hook::Xdp(ctx) => A::open_at_xdp(ctx, frontend),
-        Hook::Classifier(skb) => A::open_at_tc(skb, frontend),
+        Hook::Xdp(ctx) => A::open_by_xdp(ctx, frontend),
+        Hook::Classifier(skb) => A::open_by_tc(skb, frontend),
     };
-    if code == Refusal::NONE { Opened::Done } else { Opened::Refused(Refusal::of_code(code)) }
+    match Refusal::of_code(code) {
+        None => Opened::Done,
+        Some(refusal) => Opened::Refused(refusal),
+    }
 }
 
-/// Opens a flow, and says whether ([`Refusal::NONE`]) or why not ([`Refusal::code`]).
+/// Opens a flow; [`Refusal::of_code`] of the result says why not.
 #[inline(always)]
 pub fn open<A: Once>(ctx: *mut c_void, p: &Packet<A>, frontend: FrontendValue) -> u32 {
     match try_open(ctx, p, frontend) {
-        Ok(()) => Refusal::NONE,
+        Ok(()) => Refusal::NO_REFUSAL,
         Err(refusal) => refusal.code(),
     }
 }

@@ -145,7 +145,8 @@ macro_rules! impl_net {
             #[inline(always)]
             fn scratch() -> Option<&'static mut Scratch<Self>> {
                 // SAFETY: per CPU, and programs of one CPU do not interrupt each other: tc and XDP run with bottom
-                // halves off. Each user below has it to itself while it runs.
+                // halves off. A callee may fetch it again: nobody keeps a reference to a member over a call that
+                // writes that member.
                 maps::$scratch.get_ptr_mut(0).map(|s| unsafe { &mut *s })
             }
             #[inline(always)]

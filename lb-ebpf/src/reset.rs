@@ -27,7 +27,8 @@ pub const fn applies<A: Net>(p: &Packet<A>) -> bool {
     p.tuple.proto == proto::TCP && p.tcp_flags & (tcp::ACK | tcp::RST) == tcp::ACK && !p.is_fragment
 }
 
-/// Turns the client's packet into the frontend's reset and sends it back. Not inlined: see `lookup::open_at`.
+/// Turns the client's packet into the frontend's reset and sends it back. Not inlined: others have no use for its code in the
+/// cache.
 #[inline(never)]
 pub fn answer<A: Family>(skb: Skb, p: &Packet<A>) -> i32 {
     tc::action(on_answer(skb, p))

@@ -31,8 +31,8 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// What stands for no refusal among the [codes](Self::code).
-    pub const NONE: u32 = u32::MAX;
+    /// The [code](Self::code) of no refusal.
+    pub const NO_REFUSAL: u32 = u32::MAX;
     const REJECT: u32 = Counter::COUNT;
     const REJECT_UNLISTED: u32 = Counter::COUNT + 1;
     const NOT_OURS: u32 = Counter::COUNT + 2;
@@ -48,14 +48,15 @@ impl Refusal {
         }
     }
 
-    /// That with this [code](Self::code).
+    /// That with this [code](Self::code), if any.
     #[inline(always)]
-    pub const fn of_code(code: u32) -> Self {
+    pub const fn of_code(code: u32) -> Option<Self> {
         match (code, Counter::from_index(code)) {
-            (_, Some(counter)) => Self::Drop(counter),
-            (Self::REJECT, _) => Self::Reject,
-            (Self::REJECT_UNLISTED, _) => Self::RejectUnlisted,
-            _ => Self::NotOurs,
+            (_, Some(counter)) => Some(Self::Drop(counter)),
+            (Self::NO_REFUSAL, _) => None,
+            (Self::REJECT, _) => Some(Self::Reject),
+            (Self::REJECT_UNLISTED, _) => Some(Self::RejectUnlisted),
+            _ => Some(Self::NotOurs),
         }
     }
 

@@ -333,7 +333,7 @@ pub fn back_out(skb: Skb) -> Outcome {
     Ok(unsafe { bpf_redirect(skb.ifindex(), 0) } as i32)
 }
 
-/// To another node, or back from there to the client, past the stack.
+/// To another node, or back from there to the client, past the stack. Called through [`Once::transit`].
 #[inline(always)]
 pub fn transit<A: Family>(skb: Skb, p: &Packet<A>, flow: &Flow<A>) -> i32 {
     action(on_transit(skb, p, flow))

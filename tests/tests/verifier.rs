@@ -32,9 +32,9 @@ use object::{Object as _, ObjectSection as _};
 /// Each is a quarter more than what the worst of 6.1, 6.12 and 6.18 needs: room for another compiler, and none for a branch that
 /// multiplies the paths.
 const BUDGETS: [(&str, u32); 12] = [
-    (program::TC_INGRESS, 320_000),
-    (program::TC_EGRESS, 40_000),
-    (program::XDP, 180_000),
+    (program::TC_INGRESS, 110_000),
+    (program::TC_EGRESS, 23_000),
+    (program::XDP, 30_000),
     (program::CLOCK, 50),
     (program::CONNECT4, 1_500),
     (program::CONNECT6, 3_000),
@@ -46,7 +46,7 @@ const BUDGETS: [(&str, u32); 12] = [
     (program::GETPEERNAME6, 150),
 ];
 
-/// What `--trace-flows` may multiply the budgets by: the limit is still three times as high.
+/// What `--trace-flows` may multiply the budgets by: the limit is still twice as high.
 const TRACING_FACTOR: u32 = 4;
 
 /// Stack of all frames of a call chain (MAX_BPF_STACK).
