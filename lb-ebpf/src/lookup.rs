@@ -40,7 +40,8 @@ pub enum Found<A> {
     Refused(Refusal),
 }
 
-/// Finds the flow of a packet that comes in, or opens one if it is for a frontend.
+/// Finds the flow of a packet that comes in, or opens one if it is for a frontend. `p` is the packet in the scratch memory, where
+/// what opens flows looks for it.
 ///
 /// A SYN goes to the frontend first: most are new, and those of other traffic end at one miss.
 #[inline(always)]
