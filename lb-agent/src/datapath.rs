@@ -46,6 +46,7 @@ pub use error::Error;
 pub use load::uninterrupted;
 pub use state_dir::{map_pin, program_pin};
 
+use crate::maps;
 use crate::settings::{Settings, SocketLb, XdpSetting};
 use load::Programs;
 use migrate::Migration;
@@ -144,6 +145,7 @@ impl Datapath {
         let mut migration = Migration::prepare(&object, &state, &settings.capacities)?;
         let programs = load::load(&object, &state, settings)?;
         migration.copy(&state)?;
+        maps::survey(&state.maps(), migration.has_all())?;
         let socket_hooks = socket_hooks(settings, &programs, &state)?;
         migration.sockets_taken_over(&state)?;
         info!(

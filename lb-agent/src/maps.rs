@@ -23,6 +23,7 @@ use crate::plan::Capacities;
 
 mod actual;
 mod apply;
+mod bystanders;
 mod clock;
 mod devices;
 mod epochs;
@@ -36,6 +37,7 @@ mod table;
 
 pub use apply::{Applied, Refused};
 pub(crate) use apply::{wait_for_packets, wait_in_place};
+pub use bystanders::{Bystanders, survey};
 pub use clock::{ClockError, KernelClock};
 pub use devices::Devices;
 pub use epochs::FlowEpochs;
@@ -151,6 +153,7 @@ pub struct Maps {
     names: Table<u32, ServiceName>,
     stats: ServiceCounters,
     epochs: FlowEpochs,
+    bystanders: Bystanders,
 }
 
 impl Maps {
@@ -172,6 +175,7 @@ impl Maps {
             names: Table::open(dir, name::SERVICE_NAMES, hash)?,
             stats: ServiceCounters::open(dir)?,
             epochs: FlowEpochs::open(dir)?,
+            bystanders: Bystanders::open(dir)?,
         })
     }
 

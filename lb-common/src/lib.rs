@@ -12,6 +12,7 @@
 pub mod addr;
 pub mod affinity;
 pub mod backend;
+pub mod bystander;
 pub mod checksum;
 pub mod cidr;
 pub mod conntrack;

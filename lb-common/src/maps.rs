@@ -44,6 +44,8 @@ pub mod name {
     pub const SOURCE_RANGES6: &str = "SOURCE_RANGES6";
     /// ARRAY (mmap) of u64, by [`epoch_index`](crate::flow_cache::epoch_index).
     pub const FLOW_EPOCHS: &str = "FLOW_EPOCHS";
+    /// ARRAY (mmap) of u64, by [`Bit::index`](crate::bystander::Bit::index).
+    pub const BYSTANDERS: &str = "BYSTANDERS";
     /// ARRAY of [`Entry4`](crate::flow_cache::Entry4) or [`Entry6`](crate::flow_cache::Entry6), not pinned: it is worth a
     /// second, and belongs to one load of the programs.
     pub const FLOW_CACHE4: &str = "FLOW_CACHE4";
@@ -56,7 +58,7 @@ pub mod name {
     pub const NEIGHBOURS: &str = "NEIGHBOURS";
 
     /// All of them: what a state directory must hold.
-    pub const ALL: [&str; 26] = [
+    pub const ALL: [&str; 27] = [
         FRONTENDS4,
         FRONTENDS6,
         SERVICES,
@@ -82,6 +84,7 @@ pub mod name {
         SOURCE_RANGES4,
         SOURCE_RANGES6,
         FLOW_EPOCHS,
+        BYSTANDERS,
         CLOCK,
     ];
     /// ARRAY of one [`Clock`](crate::maps::Clock), written by the program `lb_clock`.

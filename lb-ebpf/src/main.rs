@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod bystander;
 mod cache;
 mod conntrack;
 mod echo;

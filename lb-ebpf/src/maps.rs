@@ -9,6 +9,7 @@ use lb_common::{
     V4, V6,
     affinity::{AffinityKey, AffinityValue, MemberKey},
     backend::Backend,
+    bystander,
     cidr::ServiceCidrs,
     conntrack::Flow,
     device::{Device, Neighbour},
@@ -49,6 +50,8 @@ pub static FLOWS4: HashMap<Tuple<V4>, Flow<V4>, { 2 * capacity::FLOWS as usize }
 pub static FLOWS6: HashMap<Tuple<V6>, Flow<V6>, { 2 * capacity::FLOWS as usize }> = HashMap::new();
 #[btf_map]
 pub static FLOW_EPOCHS: Array<u64, { ALL_EPOCHS as usize }, MMAP> = Array::new();
+#[btf_map]
+pub static BYSTANDERS: Array<u64, { bystander::WORDS as usize }, MMAP> = Array::new();
 // Not written by the agent: the flag puts elements at the beginning of a page, and so each into a line of its own.
 #[btf_map]
 pub static FLOW_CACHE4: Array<Entry4, { capacity::FLOW_CACHE as usize }, MMAP> = Array::new();

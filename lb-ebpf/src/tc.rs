@@ -11,6 +11,7 @@ use lb_common::{
 };
 
 use crate::{
+    bystander,
     cache::{self, Place},
     conntrack, echo,
     forward::{self, Fib, NextHop},
@@ -199,13 +200,20 @@ fn on_egress<A: Family>(skb: Skb, l3: u32, is_read: bool) -> Outcome {
     Ok(NEXT)
 }
 
-/// What this CPU has noted about the packet's flow, done; [`LONG_WAY`] or [`NOT_PLAIN`] if there is more to it.
+/// For a bystander nothing, else what this CPU has noted about the packet's flow, done; [`LONG_WAY`] or [`NOT_PLAIN`] if there is more to it.
 #[inline(always)]
 fn noted<A: Family>(skb: Skb, hook: u8) -> i32 {
     let frame = Frame::of_skb(skb);
     let Some(Scratch { packet: p, place, cold, .. }) = A::scratch() else { return NOT_PLAIN };
     if !frame::parse(frame, p) {
         return NOT_PLAIN;
+    }
+    let is_bystander = match hook {
+        hook::EGRESS => bystander::is_source(p.tuple.sport),
+        _ => bystander::is_destination(&p.tuple.dst),
+    };
+    if is_bystander {
+        return NEXT;
     }
     p.now = conntrack::now();
     *place = Place::of(p, hook);

@@ -25,6 +25,7 @@ use lb_common::{
     addr::v6,
     affinity::MemberKey,
     backend::{self, Backend},
+    bystander::{self, Bit},
     cidr::{ServiceCidr, ServiceCidrs},
     conntrack::{self, Flow},
     device::{self, Device, Neighbour},
@@ -171,7 +172,7 @@ impl Lab {
         }
         let p: &mut Xdp = ebpf.program_mut(program::XDP).context("no such program")?.try_into()?;
         uninterrupted(|| p.load()).with_context(|| format!("load {}", program::XDP))?;
-        Ok(Self {
+        let mut lab = Self {
             ebpf,
             pod: Dev { ifindex: 1 },
             next_slot: 0,
@@ -179,7 +180,30 @@ impl Lab {
             next_backend: 1,
             records,
             has_run: Cell::new(false),
+        };
+        // As the agent does on a node where nothing is known yet.
+        let mut bystanders = lab.array::<u64>(name::BYSTANDERS);
+        (0..bystander::WORDS).try_for_each(|i| bystanders.set(i, u64::MAX, 0))?;
+        Ok(lab)
+    }
+
+    /// Packets to this address are no bystanders.
+    pub fn know_address(&mut self, addr: IpAddr) -> Result<()> {
+        self.know(match addr {
+            IpAddr::V4(a) => Bit::of_address::<V4>(&a.into()),
+            IpAddr::V6(a) => Bit::of_address(&v6(a)),
         })
+    }
+
+    /// Whatever has this address or port is no bystander.
+    fn know(&mut self, bit: Bit) -> Result<()> {
+        let word = self.array::<u64>(name::BYSTANDERS).get(&bit.index(), 0)?;
+        self.set_bystanders(bit.index(), word & !bit.mask())
+    }
+
+    /// Writes a word of `BYSTANDERS`.
+    pub fn set_bystanders(&mut self, index: u32, word: u64) -> Result<()> {
+        Ok(self.array(name::BYSTANDERS).set(index, word, 0)?)
     }
 
     fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
@@ -212,12 +236,14 @@ impl Lab {
             mac: crate::frame::NODE_MAC,
             _pad: 0,
         };
-        self.hash::<u32, Device>(name::DEVICES).insert(dev.ifindex, value, 0)?;
+        self.set_device(dev, value)?;
         Ok(dev)
     }
 
     /// Overrides what the data path knows about a device.
     pub fn set_device(&mut self, dev: Dev, device: Device) -> Result<()> {
+        self.know(Bit::of_address(&device.snat4))?;
+        self.know(Bit::of_address(&device.snat6))?;
         Ok(self.hash::<u32, Device>(name::DEVICES).insert(dev.ifindex, device, 0)?)
     }
 
@@ -227,6 +253,7 @@ impl Lab {
         self.next_backend += 1;
         let flags = backend::flags::IN_USE | if local { backend::flags::LOCAL } else { 0 };
         let port = Be16::new(addr.1);
+        self.know(Bit::of_port(port))?;
         match addr.0 {
             IpAddr::V4(a) => {
                 self.array(name::BACKENDS4).set(id, Backend::<V4>::new(a.into(), port, flags), 0)?
@@ -284,6 +311,7 @@ impl Lab {
     ) -> Result<()> {
         let value = FrontendValue { service, flags };
         let port = Be16::new(addr.1);
+        self.know_address(addr.0)?;
         match addr.0 {
             IpAddr::V4(a) => self.hash::<FrontendKey<V4>, FrontendValue>(name::FRONTENDS4).insert(
                 FrontendKey::new(a.into(), port, proto),

@@ -104,6 +104,7 @@ fn nothing_is_noted_until_the_agent_adds_frontends() -> Result<()> {
         let (mut lab, ext, _cpu) = lab(1024)?;
         for (n, request) in nets().into_iter().flat_map(|n| requests(n, 40_000).map(|r| (n, r))) {
             let frame = request.bytes();
+            lab.know_address(n.vip)?;
             let pass = |lab: &Lab| -> Result<bool> { Ok(lab.run(hook, ext, &frame)?.1 == frame) };
             for _ in 0..ENOUGH {
                 ensure!(pass(&lab)?, "none of ours");

@@ -22,7 +22,7 @@ use lb_agent::{
     cli::Output,
     datapath::{self, DeviceSink as _},
     inspect,
-    maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table},
+    maps::{Counters, Devices, FlowTables, KernelClock, MapError, Maps, ServiceCounters, Table, survey},
     metrics::Metrics,
     plan::{
         ActualCidr, ActualService, ActualState, Departures, Retired,
@@ -36,6 +36,7 @@ use lb_agent::{
 use lb_common::{
     Be16, Be32, LAYOUT_VERSION, V4, V6, addr,
     affinity::MemberKey,
+    bystander::{self, Bit},
     cidr::{self, ServiceCidr, ServiceCidrs},
     conntrack::{Flow, Timeouts, flags as flow_flags, tcp},
     device::Device,
@@ -607,6 +608,81 @@ fn epochs_are_renewed_with_what_they_stand_for() -> Result<()> {
     assert_eq!(changed(&added, &switched), of_nothing);
     maps.apply(&[MapOp::DeleteAddress { addr: [10, 96, 0, 1].into() }])?;
     assert_eq!(epochs()?, switched);
+    Ok(())
+}
+
+/// Bits of `BYSTANDERS` that are clear: what may be ours.
+fn known(state: &State) -> Result<BTreeSet<(u32, u64)>> {
+    let map = Map::Array(MapData::from_pin(state.maps().join(name::BYSTANDERS))?);
+    let map: Array<_, u64> = map.try_into()?;
+    let mut known = BTreeSet::new();
+    for (index, word) in (0..).zip(map.iter()) {
+        let word = word?;
+        known.extend((0..64).map(|i| 1 << i).filter(|mask| word & mask == 0).map(|mask| (index, mask)));
+    }
+    Ok(known)
+}
+
+fn bits_of(addresses: &[&str], ports: &[u16]) -> BTreeSet<(u32, u64)> {
+    let of_address = |addr: &&str| match ip(addr) {
+        IpAddr::V4(a) => Bit::of_address::<V4>(&a.into()),
+        IpAddr::V6(a) => Bit::of_address(&addr::v6(a)),
+    };
+    let ports = ports.iter().map(|port| Bit::of_port(Be16::new(*port)));
+    addresses.iter().map(of_address).chain(ports).map(|bit| (bit.index(), bit.mask())).collect()
+}
+
+/// Whoever adds a frontend, a backend or an address of this node's makes its packets no bystanders; only a survey takes that back,
+/// and it knows what flows have outlived.
+#[test]
+fn bystanders_are_all_that_nothing_is_known_about() -> Result<()> {
+    let state = State::new(&[])?;
+    assert_eq!(known(&state)?.len(), bystander::WORDS as usize * 64, "a new map: anything may be ours");
+    survey(&state.maps(), true)?;
+    assert_eq!(known(&state)?, BTreeSet::new());
+
+    let (mut maps, devices) = (Maps::open(&state.maps())?, Devices::open(&state.maps())?);
+    maps.apply(&two_services())?;
+    maps.apply(&[MapOp::PutAddress { addr: ip("10.96.0.2"), kind: flags::KIND_CLUSTER_IP }])?;
+    let of_device = Device {
+        snat4: Be32::new(0xc0a8_0702),
+        snat6: addr::v6("2001:db8::7".parse()?),
+        ..Default::default()
+    };
+    devices.put(3, of_device)?;
+    let programmed = ["10.96.0.1", "10.96.0.2", "fd00:96::1", "192.168.7.2", "2001:db8::7"];
+    assert_eq!(known(&state)?, bits_of(&programmed, &[8080]));
+
+    let tables = FlowTables::open(&state.maps())?;
+    let flow = |dst: u32, sport, flags| {
+        let key = Tuple::new(Be32::new(0x0a00_0001), Be16::new(sport), Be32::new(dst), Be16::new(7), proto::UDP);
+        (key, Flow { flags, ..Flow::default() })
+    };
+    for (key, value) in [
+        flow(0x0a60_0909, 1111, 0),
+        flow(0xc0a8_0909, 2222, flow_flags::TRANSIT | flow_flags::REPLY),
+        flow(0x0a00_0909, 3333, flow_flags::AT_EGRESS | flow_flags::REPLY),
+    ] {
+        tables.v4.put(&key, &value)?;
+    }
+    let key6 = Tuple::new(addr::v6("fd00::1".parse()?), Be16::new(4444), addr::v6("fd00:96::99".parse()?), Be16::new(1), 6);
+    tables.v6.put(&key6, &Flow::default())?;
+    maps.apply(&[
+        MapOp::DeleteAddress { addr: ip("10.96.0.2") },
+        MapOp::DeleteFrontend { frontend: frontend("192.168.7.2", 30080) },
+        MapOp::WriteBackend { id: 3, backend: backend("10.1.0.3", 9090, true) },
+    ])?;
+    devices.put(3, Device::default())?;
+    let with_none = [&programmed[..], &["0.0.0.0", "::"]].concat();
+    assert_eq!(known(&state)?, bits_of(&with_none, &[8080, 9090]), "nothing is taken back");
+
+    survey(&state.maps(), true)?;
+    let of_flows = ["10.96.9.9", "192.168.9.9", "fd00:96::99"];
+    let left = ["10.96.0.1", "fd00:96::1", "0.0.0.0", "::"];
+    assert_eq!(known(&state)?, bits_of(&[&left[..], &of_flows].concat(), &[8080, 9090, 3333]));
+
+    survey(&state.maps(), false)?;
+    assert_eq!(known(&state)?.len(), bystander::WORDS as usize * 64, "programs know more than the maps");
     Ok(())
 }
 

@@ -20,7 +20,8 @@ use lb_agent::{
     },
 };
 use lb_common::{
-    LAYOUT_VERSION, V4,
+    Be32, LAYOUT_VERSION, V4,
+    bystander::{Bit, WORDS},
     conntrack::{Flow, tcp},
     frontend::{ServiceRecord, ServiceStats},
     maps::{name, program},
@@ -156,6 +157,41 @@ fn a_changed_capacity_keeps_source_ranges_or_gives_up_all_that_is_planned() {
         settings.capacities.source_ranges = 99;
         node.start(&settings, TcSetting::Auto)?.stop()?;
         assert_eq!(Maps::open(&maps)?.read_actual()?, ActualState::default());
+        Ok(())
+    });
+}
+
+/// Before our programs run, they have the last word on who is a bystander: a version that did not know the map may have run.
+#[test]
+fn a_start_knows_what_is_programmed_or_takes_nobody_for_a_bystander() {
+    on_a_node(|node| {
+        let mut settings = node.settings();
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        let maps = node.state_dir().join(format!("v{LAYOUT_VERSION}/maps"));
+        let addr = "10.96.0.1".parse()?;
+        ensure!(Maps::open(&maps)?.apply(&[MapOp::PutAddress { addr, kind: 0 }])?.refused.is_empty());
+        let record = MapOp::WriteService { service: 9, record: ServiceRecord { in_use: 1, ..Default::default() } };
+        ensure!(Maps::open(&maps)?.apply(&[record])?.refused.is_empty());
+        let bit = Bit::of_address::<V4>(&Be32::new(0x0a60_0001));
+        let words = || -> Result<Array<MapData, u64>> {
+            Ok(Map::Array(MapData::from_pin(map_pin(&node.state_dir(), name::BYSTANDERS))?).try_into()?)
+        };
+        for i in 0..WORDS {
+            words()?.set(i, u64::MAX, 0)?;
+        }
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        ensure!(words()?.get(&bit.index(), 0)? & bit.mask() == 0, "a frontend's address");
+        let set: u32 = words()?.iter().map(|w| w.map(u64::count_ones)).sum::<Result<u32, _>>()?;
+        ensure!(set > WORDS * 64 - 64, "{set} bits of bystanders");
+        std::fs::remove_file(map_pin(&node.state_dir(), name::BYSTANDERS))?;
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        ensure!(words()?.get(&bit.index(), 0)? & bit.mask() == 0, "a map that was not there");
+        // What is programmed does not fit: the programs that run have maps that we do not see.
+        settings.capacities.services = 4;
+        node.start(&settings, TcSetting::Auto)?.stop()?;
+        for word in words()?.iter() {
+            ensure!(word? == 0);
+        }
         Ok(())
     });
 }

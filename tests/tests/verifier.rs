@@ -329,6 +329,7 @@ fn maps_have_the_layouts_of_the_shared_types() -> Result<()> {
         (name::SOURCE_RANGES6, (LpmTrie, (4 + size_of::<SourceRange<V6>>() as u32, 4))),
         (name::CLOCK, (Array, of::<u32, Clock>())),
         (name::FLOW_EPOCHS, (Array, of::<u32, u64>())),
+        (name::BYSTANDERS, (Array, of::<u32, u64>())),
     ]);
     assert_eq!(expected.keys().copied().collect::<BTreeSet<_>>(), name::ALL.into_iter().collect());
     let object = Object::parse(OBJECT)?;

@@ -78,6 +78,8 @@ pub struct Migration {
     /// Present until the old programs have stopped to open flows.
     gates: Option<Gates>,
     progress: Progress,
+    /// Programs of the last run use maps that are not pinned any more.
+    gave_up: bool,
 }
 
 #[derive(Debug)]
@@ -105,6 +107,7 @@ impl Migration {
             given_up.retain(|map| !PLANNED.contains(map));
             given_up.extend(PLANNED.into_iter().filter(|map| state.maps().join(map).exists()));
         }
+        let gave_up = !given_up.is_empty();
         for map in given_up {
             let path = state.maps().join(map);
             fs::remove_file(&path).map_err(|source| Error::Pin { path, action: "unlink", source })?;
@@ -113,7 +116,7 @@ impl Migration {
             let (from, to) = (state.maps().join(m.map), state.old_maps().join(m.map));
             fs::rename(&from, &to).map_err(|source| Error::Pin { path: from, action: "rename", source })?;
         }
-        Ok(Self { moved, ..Default::default() })
+        Ok(Self { moved, gave_up, ..Default::default() })
     }
 
     /// Copies the content into the new maps, before a program uses them or the planner changes them.
@@ -137,6 +140,11 @@ impl Migration {
             self.gates = Some(Gates::open(state).map_err(failure(name::FRONTENDS4))?);
         }
         self.complete(state, |m| !BY_PROGRAMS.contains(&m.map))
+    }
+
+    /// True if the pinned maps know all that the running programs do.
+    pub const fn has_all(&self) -> bool {
+        !self.gave_up
     }
 
     /// After the socket hooks run the new programs: what only they write is complete.

@@ -141,6 +141,8 @@ impl Maps {
                 applied.add(name::SERVICE_NAMES, "written", self.names.put_all(&p.services, &p.names));
             }
             Some(Kind::PutFrontend) => {
+                p.keys4.iter().try_for_each(|key| self.bystanders.know_address(&key.addr))?;
+                p.keys6.iter().try_for_each(|key| self.bystanders.know_address(&key.addr))?;
                 applied.add(name::FRONTENDS4, "written", self.frontends4.put_all(&p.keys4, &p.values4));
                 applied.add(name::FRONTENDS6, "written", self.frontends6.put_all(&p.keys6, &p.values6));
                 self.epochs.renew_all_nothing();
@@ -214,6 +216,7 @@ impl Maps {
     fn write_backend(&mut self, id: u32, backend: &Backend) -> Result<(), MapError> {
         let flags = backend_flags(backend);
         let port = Be16::new(backend.port);
+        self.bystanders.know_port(port)?;
         match backend.addr {
             IpAddr::V4(a) => self.backends4.store(id, &RawBackend::new(a.into(), port, flags)),
             IpAddr::V6(a) => self.backends6.store(id, &RawBackend::new(v6(a), port, flags)),

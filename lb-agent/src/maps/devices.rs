@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use aya::maps::MapType;
 use lb_common::{device::Device, maps::name};
 
-use super::{FlowEpochs, MapError, Table};
+use super::{Bystanders, FlowEpochs, MapError, Table};
 use crate::datapath::{DeviceSink, DeviceSinkError};
 
 /// `DEVICES`, by ifindex, and the epochs that end with each of its changes.
@@ -13,17 +13,19 @@ use crate::datapath::{DeviceSink, DeviceSinkError};
 pub struct Devices {
     table: Table<u32, Device>,
     epochs: FlowEpochs,
+    bystanders: Bystanders,
 }
 
 impl Devices {
     /// Opens the map pinned in `dir`.
     pub fn open(dir: &Path) -> Result<Self, MapError> {
         let table = Table::open(dir, name::DEVICES, &[MapType::Hash])?;
-        Ok(Self { table, epochs: FlowEpochs::open(dir)? })
+        Ok(Self { table, epochs: FlowEpochs::open(dir)?, bystanders: Bystanders::open(dir)? })
     }
 
     /// Tells the data path about a device.
     pub fn put(&self, ifindex: u32, device: Device) -> Result<(), MapError> {
+        self.bystanders.know_device(&device)?;
         let written = self.table.put(&ifindex, &device);
         self.epochs.renew_all();
         written.map_err(|source| MapError::Write { map: name::DEVICES, source })

@@ -95,6 +95,26 @@ impl MmapArray<u64> {
             word.store(value, Ordering::Release);
         }
     }
+
+    /// Replaces the element at `index`, whoever else does.
+    pub fn put(&self, index: u32, value: u64) -> Result<(), MapError> {
+        self.at(index)?.store(value, Ordering::Release);
+        Ok(())
+    }
+
+    /// Clears these bits of the element at `index`, whoever else clears others. Visible before anything that the caller does
+    /// next.
+    pub fn clear_bits(&self, index: u32, bits: u64) -> Result<(), MapError> {
+        let word = self.at(index)?;
+        if word.load(Ordering::Acquire) & bits != 0 {
+            word.fetch_and(!bits, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn at(&self, index: u32) -> Result<&AtomicU64, MapError> {
+        self.element(index)?.and_then(<[_]>::first).ok_or_else(|| self.out_of_range(index))
+    }
 }
 
 impl<T: Pod> MmapArray<T> {
@@ -187,14 +207,14 @@ impl<T: Pod> MmapArray<T> {
         Ok(())
     }
 
+    fn out_of_range(&self, index: u32) -> MapError {
+        let option = super::capacity_option(self.name);
+        MapError::OutOfRange { map: self.name, index, capacity: self.len, option }
+    }
+
     /// Replaces the element at `index`. Earlier stores, to this and other arrays, are visible to whoever sees this one.
     pub fn store(&mut self, index: u32, value: &T) -> Result<(), MapError> {
-        let words = self.element(index)?.ok_or(MapError::OutOfRange {
-            map: self.name,
-            index,
-            capacity: self.len,
-            option: super::capacity_option(self.name),
-        })?;
+        let words = self.element(index)?.ok_or_else(|| self.out_of_range(index))?;
         for (bytes, word) in bytemuck::bytes_of(value).chunks(WORD).zip(words) {
             let mut padded = [0; WORD];
             padded[..bytes.len()].copy_from_slice(bytes);
