@@ -9,7 +9,7 @@
 //! has no flow left, is a bystander from then on. A bit that is clear for want of knowing better, or because two addresses share
 //! it, costs a look into the tables.
 
-use crate::{Addr, Be16};
+use crate::{Addr, Be16, flow_cache::hash_of_destination};
 
 /// Bits for addresses of both families. With 10,000 dual-stack Services, one in fourteen other addresses shares one.
 pub const ADDRESS_BITS: u32 = 1 << ADDRESS_BITS_LOG2;
@@ -17,15 +17,6 @@ const ADDRESS_BITS_LOG2: u32 = 18;
 const PORT_BITS: u32 = 1 << 16;
 /// Length of `BYSTANDERS`: words of 64 bits, those for addresses first.
 pub const WORDS: u32 = (ADDRESS_BITS + PORT_BITS) / u64::BITS;
-
-/// Odd multipliers from the fraction of pi, one a word of an address and one for their sum.
-const MULTIPLIERS: [u64; 5] = [
-    0x3707_344a_4093_8223,
-    0x99f3_1d00_82ef_a98f,
-    0x4e6c_8945_2821_e639,
-    0xd013_77be_5466_cf35,
-    0xe90c_6cc0_ac29_b7c9,
-];
 
 /// Where a bit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,14 +26,7 @@ impl Bit {
     /// Of a destination address.
     #[inline(always)]
     pub fn of_address<A: Addr>(addr: &A) -> Self {
-        let mut sum = 0_u64;
-        let mut i = 0;
-        while i < A::WORDS {
-            sum = sum.wrapping_add((addr.word(i) as u64).wrapping_mul(MULTIPLIERS[i]));
-            i += 1;
-        }
-        // Sums alone put neighbours onto a lattice: one in eight addresses of a /16 would share a bit.
-        Self(((sum ^ sum >> 29).wrapping_mul(MULTIPLIERS[4]) >> (u64::BITS - ADDRESS_BITS_LOG2)) as u32)
+        Self((hash_of_destination(addr) >> (u64::BITS - ADDRESS_BITS_LOG2)) as u32)
     }
 
     /// Of a source port.
@@ -85,7 +69,8 @@ mod tests {
     /// 20,000 balls in 262,144 bins hit 19,256 of them on average (`bins * (1 - exp(-balls / bins))`).
     #[test]
     fn neighbouring_addresses_have_bits_of_their_own() {
-        let spread = |bits: &mut dyn Iterator<Item = Bit>| bits.map(|bit| bit.0).collect::<HashSet<_>>().len();
+        let spread =
+            |bits: &mut dyn Iterator<Item = Bit>| bits.map(|bit| bit.0).collect::<HashSet<_>>().len();
         let n = 20_000;
         for used in [
             spread(&mut (0..n).map(|i| Bit::of_address(&Be32::new(0x0a60_0000 + i)))),

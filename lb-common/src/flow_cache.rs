@@ -150,14 +150,35 @@ const MULTIPLIERS: [u64; 10] = [
 pub fn hash<A: Addr>(key: &Tuple<A>) -> u32 {
     let ports = (key.sport.raw() as u64) << 16 | key.dport.raw() as u64;
     // Beside the ports, so that one multiplication does for both.
-    let mut sum = (ports | (key.proto as u64) << 32).wrapping_mul(MULTIPLIERS[0]);
-    let mut i = 0;
+    let sum = (ports | (key.proto as u64) << 32).wrapping_mul(MULTIPLIERS[0]);
+    let sum = sum.wrapping_add(weighted(&key.src, 1)).wrapping_add(weighted(&key.dst, DST));
+    mixed(sum).wrapping_shr(32) as u32
+}
+
+/// A hash of a destination address whose high bits are the good ones. Who also wants the whole tuple's gets its multiplications for
+/// nothing.
+#[inline(always)]
+pub fn hash_of_destination<A: Addr>(dst: &A) -> u64 {
+    mixed(weighted(dst, DST))
+}
+
+/// The multiplier of a destination's first word.
+const DST: usize = 5;
+
+#[inline(always)]
+fn weighted<A: Addr>(addr: &A, first: usize) -> u64 {
+    let (mut sum, mut i) = (0_u64, 0);
     while i < A::WORDS {
-        sum = sum.wrapping_add((key.src.word(i) as u64).wrapping_mul(MULTIPLIERS[1 + i]));
-        sum = sum.wrapping_add((key.dst.word(i) as u64).wrapping_mul(MULTIPLIERS[5 + i]));
+        sum = sum.wrapping_add((addr.word(i) as u64).wrapping_mul(MULTIPLIERS[first + i]));
         i += 1;
     }
-    (sum ^ sum >> 29).wrapping_mul(MULTIPLIERS[9]).wrapping_shr(32) as u32
+    sum
+}
+
+/// Sums alone put neighbours onto a lattice.
+#[inline(always)]
+const fn mixed(sum: u64) -> u64 {
+    (sum ^ sum >> 29).wrapping_mul(MULTIPLIERS[9])
 }
 
 /// Index into `FLOW_EPOCHS`: ends when an entry of the flow table is removed or changed.

@@ -5,7 +5,7 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use lb_common::{
     V4, V6,
     conntrack::{Flow, flags},
-    flow_cache::{CachedFlow, hook, way},
+    flow_cache::{self, CachedFlow, hook, way},
     proto,
     verdict::Counter,
 };
@@ -208,15 +208,16 @@ fn noted<A: Family>(skb: Skb, hook: u8) -> i32 {
     if !frame::parse(frame, p) {
         return NOT_PLAIN;
     }
-    let is_bystander = match hook {
-        hook::EGRESS => bystander::is_source(p.tuple.sport),
-        _ => bystander::is_destination(&p.tuple.dst),
-    };
-    if is_bystander {
+    if hook == hook::EGRESS && bystander::is_source(p.tuple.sport) {
+        return NEXT;
+    }
+    // Before the bit, which takes a part of the same work.
+    let hash = flow_cache::hash(&p.tuple);
+    if hook == hook::INGRESS && bystander::is_destination(&p.tuple.dst) {
         return NEXT;
     }
     p.now = conntrack::now();
-    *place = Place::of(p, hook);
+    *place = Place::of::<A>(hash, hook);
     match cache::find(p, place, cold) {
         None => LONG_WAY,
         Some(cached) if cached.way == way::NOTHING => NEXT,

@@ -655,7 +655,8 @@ fn bystanders_are_all_that_nothing_is_known_about() -> Result<()> {
 
     let tables = FlowTables::open(&state.maps())?;
     let flow = |dst: u32, sport, flags| {
-        let key = Tuple::new(Be32::new(0x0a00_0001), Be16::new(sport), Be32::new(dst), Be16::new(7), proto::UDP);
+        let key =
+            Tuple::new(Be32::new(0x0a00_0001), Be16::new(sport), Be32::new(dst), Be16::new(7), proto::UDP);
         (key, Flow { flags, ..Flow::default() })
     };
     for (key, value) in [
@@ -665,7 +666,13 @@ fn bystanders_are_all_that_nothing_is_known_about() -> Result<()> {
     ] {
         tables.v4.put(&key, &value)?;
     }
-    let key6 = Tuple::new(addr::v6("fd00::1".parse()?), Be16::new(4444), addr::v6("fd00:96::99".parse()?), Be16::new(1), 6);
+    let key6 = Tuple::new(
+        addr::v6("fd00::1".parse()?),
+        Be16::new(4444),
+        addr::v6("fd00:96::99".parse()?),
+        Be16::new(1),
+        6,
+    );
     tables.v6.put(&key6, &Flow::default())?;
     maps.apply(&[
         MapOp::DeleteAddress { addr: ip("10.96.0.2") },

@@ -170,7 +170,8 @@ fn a_start_knows_what_is_programmed_or_takes_nobody_for_a_bystander() {
         let maps = node.state_dir().join(format!("v{LAYOUT_VERSION}/maps"));
         let addr = "10.96.0.1".parse()?;
         ensure!(Maps::open(&maps)?.apply(&[MapOp::PutAddress { addr, kind: 0 }])?.refused.is_empty());
-        let record = MapOp::WriteService { service: 9, record: ServiceRecord { in_use: 1, ..Default::default() } };
+        let record =
+            MapOp::WriteService { service: 9, record: ServiceRecord { in_use: 1, ..Default::default() } };
         ensure!(Maps::open(&maps)?.apply(&[record])?.refused.is_empty());
         let bit = Bit::of_address::<V4>(&Be32::new(0x0a60_0001));
         let words = || -> Result<Array<MapData, u64>> {

@@ -244,18 +244,21 @@ fn transit(world: &World, net: &Net, l4: &L4) -> Result<Vec<Case>> {
     ])
 }
 
-/// Traffic that is nobody's business here.
+/// Traffic that is nobody's business here, also where an address or a port alone do not tell.
 fn others(world: &World, net: &Net, l4: &L4) -> Vec<Case> {
-    let hooks = [
-        ("xdp", Hook::Xdp, world.external),
-        ("tc ingress", Hook::Ingress, world.lab.pod),
-        ("tc egress", Hook::Egress, world.external),
-    ];
+    let (external, pod) = (world.external, world.lab.pod);
+    let (from, to) = ((net.client, 2000), (net.remote, 9999));
     let mut cases = Vec::new();
-    for (name, hook, dev) in hooks {
-        let frame = net.frame(l4, (net.client, 2000), (net.remote, 9999)).bytes();
+    for (what, hook, dev, from, to) in [
+        ("xdp other traffic", Hook::Xdp, external, from, to),
+        ("tc ingress other traffic", Hook::Ingress, pod, from, to),
+        ("tc ingress other traffic, address of a Service", Hook::Ingress, pod, from, (net.vip, 9999)),
+        ("tc egress other traffic", Hook::Egress, external, from, to),
+        ("tc egress other traffic, port of a backend", Hook::Egress, external, (net.client, 8080), to),
+    ] {
+        let frame = net.frame(l4, from, to).bytes();
         cases.push(Case {
-            what: format!("{name} other traffic"),
+            what: what.into(),
             hook,
             feed: Feed { frame, fields: vec![], flows: 1, ifindex: dev.ifindex },
             before: None,
