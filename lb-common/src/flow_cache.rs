@@ -155,8 +155,7 @@ pub fn hash<A: Addr>(key: &Tuple<A>) -> u32 {
     mixed(sum).wrapping_shr(32) as u32
 }
 
-/// A hash of a destination address whose high bits are the good ones. Who also wants the whole tuple's gets its multiplications for
-/// nothing.
+/// A hash of a destination address whose high bits are the good ones.
 #[inline(always)]
 pub fn hash_of_destination<A: Addr>(dst: &A) -> u64 {
     mixed(weighted(dst, DST))

@@ -40,13 +40,14 @@ impl Place {
     /// No cache.
     pub const NOWHERE: Self = Self { slot: u32::MAX, hash: 0, epoch: 0, nothing_epoch: 0, hook: 0 };
 
-    /// That of a packet's flow, by [`flow_cache::hash`] of its tuple.
+    /// That of a packet's flow.
     #[inline(always)]
-    pub fn of<A: Net>(hash: u32, hook: u8) -> Self {
+    pub fn of<A: Net>(p: &Packet<A>, hook: u8) -> Self {
         let slots = globals::flow_cache_slots();
         if slots == 0 {
             return Self::NOWHERE;
         }
+        let hash = hash(&p.tuple);
         let Some(epoch) = epoch(epoch_index(hash)) else { return Self::NOWHERE };
         let slots = if A::IS_V6 { slots / 4 } else { slots };
         // SAFETY: no arguments, no effects.
@@ -63,8 +64,9 @@ impl Place {
     }
 }
 
-/// After a packet that the cache does not know, as many that it knows are looked up by their tags first.
-const COLD_PACKETS: u32 = 8;
+/// After a packet that the cache does not know, as many that it knows are looked up by their tags first, and by what bystanders
+/// are known by before.
+pub const COLD_PACKETS: u32 = 8;
 
 /// What is known about the packet's flow, if that is all there is to know: a packet with news has to be seen by the table.
 #[inline(always)]

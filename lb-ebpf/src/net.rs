@@ -235,7 +235,8 @@ pub struct Scratch<A> {
     pub via: NextHop,
     /// The packet's place in the flow cache.
     pub place: Place,
-    /// Packets that look at their tag before they fetch an entry of the flow cache: see [`cache::find`].
+    /// Packets that look at their tag, and at what tells bystanders, before they fetch an entry of the flow cache: see
+    /// [`cache::find`].
     pub cold: u32,
     /// Packets so far that were none of ours: see [`cache::fill_nothing`].
     pub others: u32,

@@ -5,7 +5,7 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use lb_common::{
     V4, V6,
     conntrack::{Flow, flags},
-    flow_cache::{self, CachedFlow, hook, way},
+    flow_cache::{CachedFlow, hook, way},
     proto,
     verdict::Counter,
 };
@@ -208,20 +208,27 @@ fn noted<A: Family>(skb: Skb, hook: u8) -> i32 {
     if !frame::parse(frame, p) {
         return NOT_PLAIN;
     }
-    if hook == hook::EGRESS && bystander::is_source(p.tuple.sport) {
-        return NEXT;
-    }
-    // Before the bit, which takes a part of the same work.
-    let hash = flow_cache::hash(&p.tuple);
-    if hook == hook::INGRESS && bystander::is_destination(&p.tuple.dst) {
+    // After packets that the cache knew, one more of them is likely.
+    let is_warm = *cold == 0;
+    if !is_warm && is_bystander(p, hook) {
+        *cold = cache::COLD_PACKETS;
         return NEXT;
     }
     p.now = conntrack::now();
-    *place = Place::of::<A>(hash, hook);
+    *place = Place::of(p, hook);
     match cache::find(p, place, cold) {
+        None if is_warm && is_bystander(p, hook) => NEXT,
         None => LONG_WAY,
         Some(cached) if cached.way == way::NOTHING => NEXT,
         Some(cached) => send_noted(skb, frame, p, cached),
+    }
+}
+
+#[inline(always)]
+fn is_bystander<A: Family>(p: &Packet<A>, hook: u8) -> bool {
+    match hook {
+        hook::EGRESS => bystander::is_source(p.tuple.sport),
+        _ => bystander::is_destination(&p.tuple.dst),
     }
 }
 

@@ -13,7 +13,7 @@ use lb_common::{
     V4, V6,
     conntrack::{Flow, flags},
     device,
-    flow_cache::{self, CachedFlow, hook, way},
+    flow_cache::{CachedFlow, hook, way},
     verdict::Counter,
 };
 
@@ -69,7 +69,7 @@ fn on_frame<A: Wire>(ctx: *mut xdp_md) -> u32 {
         return xdp_action::XDP_PASS;
     }
     p.now = conntrack::now();
-    *place = Place::of::<A>(flow_cache::hash(&p.tuple), hook::XDP);
+    *place = Place::of(p, hook::XDP);
     if let Some(cached) = cache::find(p, place, cold)
         && let Some(action) = send_cached(frame, p, cached)
     {
