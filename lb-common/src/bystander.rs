@@ -2,11 +2,12 @@
 //!
 //! Every packet that is translated where it comes in is for an address that a frontend has, or had when the flow was opened, or
 //! that the node gives to flows as their source. Every packet that is translated where it leaves comes from a port that a backend
-//! serves at. `BYSTANDERS` has a bit for each hash of an address, and one for each port: **set if nothing of ours has it**.
+//! serves at, or did when the flow was opened. `BYSTANDERS` has a bit for each hash of an address, and one for each port: **set if nothing of ours has it**.
 //! So the zeroes of a new map say that anything may be ours, and who adds something clears its bit first.
 //!
-//! Bits are only set where all is known that there is: when the agent starts, before its programs run. What has gone by then, and
-//! has no flow left, is a bystander from then on. A bit that is clear for want of knowing better, or because two addresses share
+//! Bits are only set where all is known that there is: when the agent starts, before its own programs run. What has gone by then,
+//! and has no flow left, is a bystander from then on. Programs of the last run share the map, so who changes the hash or the lengths
+//! raises `LAYOUT_VERSION`. A bit that is clear for want of knowing better, or because two addresses share
 //! it, costs a look into the tables.
 
 use crate::{Addr, Be16, flow_cache::hash_of_destination};
@@ -86,6 +87,15 @@ mod tests {
         ] {
             assert!(used > 19_100, "{used} bits for {n} addresses");
         }
+    }
+
+    /// Computed by hand (in Python): the address's words as loaded, times the sixth to ninth 64-bit words of pi's fraction, added
+    /// up; `(sum ^ sum >> 29)` times the tenth; the upper 18 bits.
+    #[test]
+    fn bits_are_where_programs_of_the_last_run_look_for_them() {
+        assert_eq!(Bit::of_address(&Be32::new(0x0a60_0001)).0, 120_330);
+        let addr: V6 = [0xfd00_0010, 0x0096_0000, 0, 0xa].map(Be32::new);
+        assert_eq!(Bit::of_address(&addr).0, 114_853);
     }
 
     #[test]

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
 use lb_common::{
-    V4,
+    Be16, V4,
     addr::v6,
     bystander::{Bit, WORDS},
 };
 use lb_tests::{
-    lab::{Action, Hook, Lab},
+    lab::{Action, Hook, Lab, Options},
     packets::{ACK, Net, SYN, assert_frame, external, nets, one_backend, tcp, udp},
 };
 
@@ -29,10 +29,22 @@ fn set(lab: &mut Lab, bit: Bit, alone: bool) -> Result<()> {
 }
 
 /// A packet that is not ours passes by everything, also where tables and cache would know better: so nothing else was asked.
-fn passes_by_its_bit_alone(n: Net, hook: Hook, bit: Bit, of_the_wire: bool) -> Result<()> {
-    let mut lab = Lab::new()?;
-    let ext = external(&mut lab)?;
-    one_backend(&mut lab, n, (n.pod, 8080), true)?;
+fn passes_by_its_bit_alone(hook: Hook, bit_of: impl Fn(Net) -> Bit, of_the_wire: bool) -> Result<()> {
+    for (n, flow_cache) in nets().into_iter().flat_map(|n| [(n, 1024), (n, 0)]) {
+        passes(
+            &mut Lab::with(Options { flow_cache, ..Options::default() })?,
+            n,
+            hook,
+            bit_of(n),
+            of_the_wire,
+        )?;
+    }
+    Ok(())
+}
+
+fn passes(lab: &mut Lab, n: Net, hook: Hook, bit: Bit, of_the_wire: bool) -> Result<()> {
+    let ext = external(lab)?;
+    one_backend(lab, n, (n.pod, 8080), true)?;
     let (client, vip, pod) = ((n.client, 40_000), (n.vip, 80), (n.pod, 8080));
     for request in [udp(client, vip), tcp(SYN, client, vip), tcp(ACK, client, vip)] {
         let (asked, told) = match hook {
@@ -44,7 +56,7 @@ fn passes_by_its_bit_alone(n: Net, hook: Hook, bit: Bit, of_the_wire: bool) -> R
         };
         let (asked, told) = (asked.bytes(), told.bytes());
         for alone in [false, true, false, true] {
-            set(&mut lab, bit, alone)?;
+            set(lab, bit, alone)?;
             let (action, out) = lab.run(hook, ext, &asked)?;
             assert_eq!(action, Action::Pass);
             if alone && !of_the_wire {
@@ -59,17 +71,16 @@ fn passes_by_its_bit_alone(n: Net, hook: Hook, bit: Bit, of_the_wire: bool) -> R
 
 #[test]
 fn what_comes_in_passes_by_its_destination() -> Result<()> {
-    nets().into_iter().try_for_each(|n| passes_by_its_bit_alone(n, Hook::Ingress, of_address(n.vip), false))
+    passes_by_its_bit_alone(Hook::Ingress, |n| of_address(n.vip), false)
 }
 
 #[test]
 fn what_leaves_passes_by_its_source_port() -> Result<()> {
-    let port = Bit::of_port(lb_common::Be16::new(8080));
-    nets().into_iter().try_for_each(|n| passes_by_its_bit_alone(n, Hook::Egress, port, false))
+    passes_by_its_bit_alone(Hook::Egress, |_| Bit::of_port(Be16::new(8080)), false)
 }
 
 /// What comes from a wire is mostly for Services: XDP does not look.
 #[test]
 fn frames_from_the_wire_do_not() -> Result<()> {
-    nets().into_iter().try_for_each(|n| passes_by_its_bit_alone(n, Hook::Xdp, of_address(n.vip), true))
+    passes_by_its_bit_alone(Hook::Xdp, |n| of_address(n.vip), true)
 }

@@ -39,7 +39,7 @@ use lb_common::{
     bystander::{self, Bit},
     cidr::{self, ServiceCidr, ServiceCidrs},
     conntrack::{Flow, Timeouts, flags as flow_flags, tcp},
-    device::Device,
+    device::{self, Device},
     flow_cache,
     frontend::{FrontendValue, ServiceRecord, ServiceStats, SlotRange, flags},
     maps::{name, program},
@@ -650,7 +650,15 @@ fn bystanders_are_all_that_nothing_is_known_about() -> Result<()> {
         ..Default::default()
     };
     devices.put(3, of_device)?;
+    let of_node = Device {
+        snat4: Be32::new(0xc0a8_0709),
+        snat6: addr::v6("2001:db8::9".parse()?),
+        ..Default::default()
+    };
+    devices.put(device::ANY, of_node)?;
+    let nodes = ["192.168.7.9", "2001:db8::9"];
     let programmed = ["10.96.0.1", "10.96.0.2", "fd00:96::1", "192.168.7.2", "2001:db8::7"];
+    let programmed = [&programmed[..], &nodes].concat();
     assert_eq!(known(&state)?, bits_of(&programmed, &[8080]));
 
     let tables = FlowTables::open(&state.maps())?;
@@ -674,6 +682,8 @@ fn bystanders_are_all_that_nothing_is_known_about() -> Result<()> {
         6,
     );
     tables.v6.put(&key6, &Flow::default())?;
+    let answer6 = Flow { flags: flow_flags::AT_EGRESS | flow_flags::REPLY, ..Flow::default() };
+    tables.v6.put(&Tuple { sport: Be16::new(5555), ..key6.reversed() }, &answer6)?;
     maps.apply(&[
         MapOp::DeleteAddress { addr: ip("10.96.0.2") },
         MapOp::DeleteFrontend { frontend: frontend("192.168.7.2", 30080) },
@@ -686,7 +696,8 @@ fn bystanders_are_all_that_nothing_is_known_about() -> Result<()> {
     survey(&state.maps(), true)?;
     let of_flows = ["10.96.9.9", "192.168.9.9", "fd00:96::99"];
     let left = ["10.96.0.1", "fd00:96::1", "0.0.0.0", "::"];
-    assert_eq!(known(&state)?, bits_of(&[&left[..], &of_flows].concat(), &[8080, 9090, 3333]));
+    let known_now = [&left[..], &of_flows, &nodes].concat();
+    assert_eq!(known(&state)?, bits_of(&known_now, &[8080, 9090, 3333, 5555]));
 
     survey(&state.maps(), false)?;
     assert_eq!(known(&state)?.len(), bystander::WORDS as usize * 64, "programs know more than the maps");

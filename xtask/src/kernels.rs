@@ -47,8 +47,8 @@ const NEED_TCX: [&str; 6] = [
 
 /// Tests that need nothing but a kernel and `ip`, `tc` and `bpftool`: what the verifier accepts, what the programs do to single
 /// packets, maps, and attaching.
-const TESTS: [&str; 6] =
-    ["verifier", "single_packet", "single_packet_rules", "flow_cache", "maps", "datapath"];
+const TESTS: [&str; 7] =
+    ["verifier", "single_packet", "single_packet_rules", "bystanders", "flow_cache", "maps", "datapath"];
 
 /// Emulated, on a slow machine that is busy.
 const DEADLINE: Duration = Duration::from_secs(30 * 60);

@@ -78,7 +78,7 @@ pub struct Migration {
     /// Present until the old programs have stopped to open flows.
     gates: Option<Gates>,
     progress: Progress,
-    /// Programs of the last run use maps that are not pinned any more.
+    /// Programs of the last run use maps that are not pinned any more, and may still open flows from them.
     gave_up: bool,
 }
 
@@ -108,6 +108,10 @@ impl Migration {
             given_up.extend(PLANNED.into_iter().filter(|map| state.maps().join(map).exists()));
         }
         let gave_up = !given_up.is_empty();
+        if gave_up && !given_up.contains(&name::BYSTANDERS) && state.maps().join(name::BYSTANDERS).exists() {
+            // First, so that the programs that run keep one that is about what they keep.
+            given_up.insert(0, name::BYSTANDERS);
+        }
         for map in given_up {
             let path = state.maps().join(map);
             fs::remove_file(&path).map_err(|source| Error::Pin { path, action: "unlink", source })?;
@@ -142,7 +146,7 @@ impl Migration {
         self.complete(state, |m| !BY_PROGRAMS.contains(&m.map))
     }
 
-    /// True if the pinned maps know all that the running programs do.
+    /// True if the pinned maps have the frontends and backends that the running programs know.
     pub const fn has_all(&self) -> bool {
         !self.gave_up
     }

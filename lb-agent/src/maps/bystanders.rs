@@ -17,6 +17,7 @@ use lb_common::{
     maps::name,
     tuple::Tuple,
 };
+use tracing::warn;
 
 use super::{MapError, MmapArray, Table, flows};
 
@@ -51,19 +52,19 @@ impl Bystanders {
     }
 }
 
-/// Finds out what is a bystander. To be called while nobody else writes the maps pinned in `dir` but programs, and before ours
-/// run for the first time: the last run may have been of a version that did not know this map. With `all_is_here` false, programs
-/// use maps that are not pinned any more, and nothing is a bystander.
+/// Finds out what is a bystander. To be called while nobody writes the maps pinned in `dir` but programs, and before ours run for
+/// the first time: the last run may have been of a version that did not know this map. With `all_is_here` false, programs use maps
+/// that are not pinned any more, and nothing is a bystander; nor if the maps cannot be read, which is no reason not to serve.
 pub fn survey(dir: &Path, all_is_here: bool) -> Result<(), MapError> {
     let map: MmapArray<u64> = MmapArray::open(dir, name::BYSTANDERS)?;
-    let mut known = Known(vec![0; WORDS as usize]);
-    if all_is_here {
-        known.of_family::<V4>(dir, [name::FRONTENDS4, name::BACKENDS4, name::FLOWS4])?;
-        known.of_family::<V6>(dir, [name::FRONTENDS6, name::BACKENDS6, name::FLOWS6])?;
-        known.devices(dir)?;
-    } else {
-        known.0.fill(u64::MAX);
-    }
+    let known = match Known::read(dir) {
+        Ok(known) if all_is_here => known,
+        Ok(_) => Known::all(),
+        Err(error) => {
+            warn!(error = %crate::chain(&error), "every packet is looked up: what is programmed cannot be read");
+            Known::all()
+        }
+    };
     for (index, known) in (0..).zip(known.0) {
         map.put(index, !known)?;
     }
@@ -74,6 +75,18 @@ pub fn survey(dir: &Path, all_is_here: bool) -> Result<(), MapError> {
 struct Known(Vec<u64>);
 
 impl Known {
+    fn all() -> Self {
+        Self(vec![u64::MAX; WORDS as usize])
+    }
+
+    fn read(dir: &Path) -> Result<Self, MapError> {
+        let mut known = Self(vec![0; WORDS as usize]);
+        known.of_family::<V4>(dir, [name::FRONTENDS4, name::BACKENDS4, name::FLOWS4])?;
+        known.of_family::<V6>(dir, [name::FRONTENDS6, name::BACKENDS6, name::FLOWS6])?;
+        known.devices(dir)?;
+        Ok(known)
+    }
+
     fn add(&mut self, bit: Bit) {
         if let Some(word) = self.0.get_mut(bit.index() as usize) {
             *word |= bit.mask();
